@@ -1,0 +1,1 @@
+"""moefuse: shrink Mixture-of-Experts language models by fusing their experts."""

@@ -1,0 +1,80 @@
+"""What passes between stages: files that are either whole or absent.
+
+Every file is written under a temporary name in the same directory, flushed to the disk and then
+renamed, so that a kill at any instant leaves either the old file or the new one. Stages decide what
+is left to do by looking at which files exist.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Run ``write(temporary)`` and rename the finished, flushed file to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    write(temporary)
+    _flush(temporary)
+    temporary.replace(path)
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, keys in the order given; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a UTF-8 JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write CPU tensors as one safetensors file; the same tensors give the same bytes."""
+    ordered = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
+    details = {"format": "pt", **(metadata or {})}
+    write_atomically(path, lambda temporary: save_file(ordered, temporary, metadata=details))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file into memory (CPU)."""
+    with safe_open(path, framework="pt") as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what an interrupted write left behind in ``directory`` and below."""
+    for leftover in directory.rglob("*" + TEMPORARY_SUFFIX):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def fingerprint(value: Any) -> str:
+    """Return 16 hexadecimal digits that tell one JSON value from another."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,37 @@
+"""The fused module, its classes for Transformers, and how a fused checkpoint is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moefuse.artifacts import read_json
+from moefuse.errors import UserError
+from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX, FusedExperts, fused_classes
+
+TRAVELLING_FILE = Path(__file__).with_name("modeling_moefuse.py")
+
+__all__ = ["TRAVELLING_FILE", "FusedExperts", "fused_classes", "is_fused", "load_fused"]
+
+
+def is_fused(config: dict[str, Any]) -> bool:
+    """Say whether a ``config.json`` belongs to a checkpoint that moefuse wrote."""
+    return "moefuse" in config
+
+
+def load_fused(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", **options: Any
+) -> PreTrainedModel:
+    """Load a fused checkpoint with moefuse's own classes, running no code of the checkpoint's.
+
+    ``path`` is a directory that ``moefuse fuse`` wrote; ``dtype`` is what the weights are cast to
+    (``auto``: as stored); other options go to ``from_pretrained``. Raises ``UserError`` for a
+    directory that is no fused checkpoint.
+    """
+    config_path = Path(path) / "config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    if not is_fused(config):
+        raise UserError(f"{path} is not a fused checkpoint: its config.json has no moefuse block.")
+    *_, causal = fused_classes(config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
+    return causal.from_pretrained(path, dtype=dtype, **options)

@@ -1,0 +1,284 @@
+"""Fused experts: a few shared base experts and one small delta for every original expert.
+
+This file travels inside every checkpoint that moefuse writes, so it imports nothing but torch and
+transformers. For expert e of group g = g(e)::
+
+    h_te = s_e * (Wgu_g x_t) + delta_gate_up_e(x_t) + b_e
+    z_te = w_te * act(gate half of h_te) * (up half of h_te)
+    y_t  = sum_g Wd_g (sum over chosen e in g of z_te) + sum over chosen e of delta_down_e(z_te)
+
+The base weights of a group run once per (token, group) however many of its members were chosen,
+because the down projection is linear and members are summed before it. The router is the
+teacher's. One stable sort of the (token, slot) rows by expert serves all deltas.
+
+Shape suffixes: T tokens, K experts chosen per token, N = T * K rows, P (token, group) pairs,
+E original experts, G groups, D hidden width, F expert intermediate width, R rank of a delta.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
+
+CLASS_PREFIX = "Moefuse"
+MODEL_TYPE_PREFIX = "moefuse_"
+
+
+def expert_linear(x_NI: Tensor, weight_EOI: Tensor, rows_per_expert: list[int]) -> Tensor:
+    """Apply expert e's matrix to its rows.
+
+    ``x_NI`` holds the rows sorted by expert, ``rows_per_expert`` how many belong to each of the E
+    experts (their sum is N). Returns (N, O) in the dtype of ``x_NI``.
+    """
+    used = [expert for expert, rows in enumerate(rows_per_expert) if rows]
+    if not used:
+        return x_NI.new_zeros(0, weight_EOI.shape[1])
+    parts = x_NI.split([rows_per_expert[expert] for expert in used])
+    weights = weight_EOI.unbind(0)
+    products = [
+        nn.functional.linear(part, weights[expert])
+        for part, expert in zip(parts, used, strict=True)
+    ]
+    return torch.cat(products)
+
+
+class LowRankDelta(nn.Module):
+    """Deltas ``B_e A_e``: gate and up share one A; down has a pair of its own.
+
+    Parameters: ``gate_up_a`` (E, R, D), ``gate_up_b`` (E, 2F, R), ``down_a`` (E, R, F),
+    ``down_b`` (E, D, R).
+    """
+
+    def __init__(self, experts: int, hidden: int, intermediate: int, rank: int) -> None:
+        super().__init__()
+        self.gate_up_a = nn.Parameter(torch.empty(experts, rank, hidden))
+        self.gate_up_b = nn.Parameter(torch.empty(experts, 2 * intermediate, rank))
+        self.down_a = nn.Parameter(torch.empty(experts, rank, intermediate))
+        self.down_b = nn.Parameter(torch.empty(experts, hidden, rank))
+
+    def reset_parameters(self) -> None:
+        """Start as LoRA does: A small and random, B zero, so that the delta is nothing."""
+        for a in (self.gate_up_a, self.down_a):
+            nn.init.normal_(a, std=a.shape[-1] ** -0.5)
+        for b in (self.gate_up_b, self.down_b):
+            nn.init.zeros_(b)
+
+    def gate_up(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """Return what the deltas add to gate and up, (N, 2F), for rows sorted by expert."""
+        inner_NR = expert_linear(x_ND, self.gate_up_a, rows_per_expert)
+        return expert_linear(inner_NR, self.gate_up_b, rows_per_expert)
+
+    def down(self, z_NF: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """Return what the deltas add to the output, (N, D), for rows sorted by expert."""
+        inner_NR = expert_linear(z_NF, self.down_a, rows_per_expert)
+        return expert_linear(inner_NR, self.down_b, rows_per_expert)
+
+
+DELTA_KINDS: dict[str, Callable[[int, int, int, int], nn.Module]] = {"low_rank": LowRankDelta}
+
+
+class BaseExpert(nn.Module):
+    """The weights that the members of one group share, as plain linear layers.
+
+    ``gate_up_proj`` maps D to 2F (gate first), ``down_proj`` maps F to D. They are ``nn.Linear``
+    so that quantisers find them.
+    """
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+
+class FusedExperts(nn.Module):
+    """A drop-in for a Transformers experts module: E experts made of G bases and E deltas.
+
+    Arguments: ``hidden`` D, ``intermediate`` F, ``experts`` E, ``groups`` G, ``rank`` R (0: no
+    delta), ``activation`` the teacher's, ``delta`` a name in ``DELTA_KINDS``, ``scale`` and
+    ``bias`` whether every expert has a scale and a bias of its own for its 2F neurons.
+    """
+
+    group_of_expert: Tensor
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        experts: int,
+        groups: int,
+        rank: int,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        delta: str = "low_rank",
+        scale: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_experts = experts
+        self.act_fn = activation
+        self.bases = nn.ModuleList(BaseExpert(hidden, intermediate) for _ in range(groups))
+        self.delta = DELTA_KINDS[delta](experts, hidden, intermediate, rank) if rank else None
+        self.scale = nn.Parameter(torch.ones(experts, 2 * intermediate)) if scale else None
+        self.bias = nn.Parameter(torch.zeros(experts, 2 * intermediate)) if bias else None
+        self.register_buffer("group_of_expert", torch.arange(experts) % groups)
+
+    def reset_parameters(self) -> None:
+        """Make the module usable without a checkpoint: random bases, deltas of nothing."""
+        if isinstance(self.delta, LowRankDelta):
+            self.delta.reset_parameters()
+        for base in self.bases:
+            for linear in base.children():
+                nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Return the routed experts' output, (T, D), in the dtype of ``hidden_states``.
+
+        ``hidden_states`` is (T, D); ``top_k_index`` (T, K) integers below E; ``top_k_weights``
+        (T, K) floats.
+        """
+        tokens, top_k = top_k_index.shape
+        expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
+        token_N = order_N // top_k
+        weight_N = top_k_weights.reshape(-1)[order_N]
+        rows_per_expert = torch.bincount(expert_N, minlength=self.num_experts).tolist()
+        group_N = self.group_of_expert[expert_N]
+
+        pair_N, token_P, pairs_per_group = self._pairs(group_N, token_N, tokens)
+        base_PF = self._bases(hidden_states[token_P], pairs_per_group, "gate_up_proj")
+        h_NF = base_PF[pair_N]
+        if self.scale is not None:
+            h_NF = h_NF * self.scale[expert_N]
+        if self.delta is not None:
+            h_NF = h_NF + self.delta.gate_up(hidden_states[token_N], rows_per_expert)
+        if self.bias is not None:
+            h_NF = h_NF + self.bias[expert_N]
+        gate_NF, up_NF = h_NF.chunk(2, dim=-1)
+        z_NF = (self.act_fn(gate_NF) * up_NF * weight_N.unsqueeze(-1)).to(h_NF.dtype)
+
+        z_PF = z_NF.new_zeros(token_P.shape[0], z_NF.shape[1]).index_add(0, pair_N, z_NF)
+        y_PD = self._bases(z_PF, pairs_per_group, "down_proj")
+        y_TD = torch.zeros_like(hidden_states, dtype=torch.float32)
+        y_TD = y_TD.index_add(0, token_P, y_PD.float())
+        if self.delta is not None:
+            y_ND = self.delta.down(z_NF, rows_per_expert)
+            y_TD = y_TD.index_add(0, token_N, y_ND.float())
+        return y_TD.to(hidden_states.dtype)
+
+    def _pairs(
+        self, group_N: Tensor, token_N: Tensor, tokens: int
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """List the (token, group) pairs that occur, sorted by group.
+
+        Returns each row's pair (N,), each pair's token (P,), and how many pairs each group has.
+        """
+        hit_GT = torch.zeros(len(self.bases), tokens, dtype=torch.bool, device=token_N.device)
+        hit_GT[group_N, token_N] = True
+        number_GT = hit_GT.reshape(-1).cumsum(0).reshape(hit_GT.shape) - 1
+        token_P = hit_GT.nonzero()[:, 1]
+        return number_GT[group_N, token_N], token_P, hit_GT.sum(1).tolist()
+
+    def _bases(self, x_PI: Tensor, pairs_per_group: list[int], name: str) -> Tensor:
+        """Apply each group's base layer ``name`` to its pairs, (P, I) to (P, O)."""
+        parts = x_PI.split(pairs_per_group)
+        outputs = [
+            getattr(base, name)(part)
+            for base, part in zip(self.bases, parts, strict=True)
+            if part.shape[0]
+        ]
+        if not outputs:
+            return x_PI.new_zeros(0, getattr(self.bases[0], name).out_features)
+        return torch.cat(outputs)
+
+
+def fused_experts_like(native: Any, layer: dict[str, Any]) -> FusedExperts:
+    """Make the fused module that takes the place of a native Transformers experts module.
+
+    ``native`` holds ``gate_up_proj`` (E, 2F, D), ``down_proj`` (E, D, F) and ``act_fn``; ``layer``
+    is that layer's entry in the ``moefuse`` block of ``config.json``.
+    """
+    experts, double_intermediate, hidden = native.gate_up_proj.shape
+    return FusedExperts(
+        hidden,
+        double_intermediate // 2,
+        experts,
+        layer["groups"],
+        layer["rank"],
+        native.act_fn,
+        delta=layer["delta"],
+        scale=layer["scale"],
+        bias=layer["bias"],
+    )
+
+
+def _fuse_modules(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Put fused experts in the place of every native experts module below ``model``."""
+    layers = config.moefuse["layers"]
+    for name, module in list(model.named_modules()):
+        native = getattr(module, "experts", None)
+        if not isinstance(getattr(native, "gate_up_proj", None), nn.Parameter):
+            continue
+        number = next(part for part in name.split(".") if part.isdigit())
+        fused = fused_experts_like(native, layers[number])
+        fused.reset_parameters()
+        module.experts = fused
+
+
+class _FusedInit:
+    """First among a fused class's bases: builds the native model, then swaps its experts."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        _fuse_modules(self, config)  # type: ignore[arg-type]
+
+
+def _subclass(native: type, bases: tuple[type, ...], **attributes: Any) -> type:
+    name = CLASS_PREFIX + native.__name__
+    return type(name, bases, {"__module__": __name__, "__doc__": native.__doc__, **attributes})
+
+
+@cache
+def fused_classes(
+    model_type: str,
+) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
+    """Derive the fused configuration, base model and causal language model of a native family.
+
+    ``model_type`` is the teacher's own, for example ``deepseek_v2``. The fused model type is
+    another one, so that no tool takes a fused checkpoint for the native architecture and fills the
+    missing experts with random numbers.
+    """
+    native_config = CONFIG_MAPPING[model_type]
+    native_model = MODEL_MAPPING[native_config]
+    native_causal = MODEL_FOR_CAUSAL_LM_MAPPING[native_config]
+    config = _subclass(native_config, (native_config,), model_type=MODEL_TYPE_PREFIX + model_type)
+    model = _subclass(native_model, (_FusedInit, native_model), config_class=config)
+    causal = _subclass(native_causal, (_FusedInit, native_causal), config_class=config)
+    for cls, auto_class in (
+        (config, "AutoConfig"),
+        (model, "AutoModel"),
+        (causal, "AutoModelForCausalLM"),
+    ):
+        cls.register_for_auto_class(auto_class)
+    return config, model, causal
+
+
+def __getattr__(name: str) -> type:
+    """Find a fused class by name, which is how ``auto_map`` in ``config.json`` asks for it."""
+    native_name = name.removeprefix(CLASS_PREFIX)
+    for names in (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        for model_type, candidate in names.items():
+            if candidate == native_name != name:
+                classes = {cls.__name__: cls for cls in fused_classes(model_type)}
+                return classes[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
