@@ -68,6 +68,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
+def partial_directory(path: Path) -> Path:
+    """Return an empty directory to fill; ``finish_directory`` then gives it the name ``path``."""
+    partial = path.with_name(path.name + TEMPORARY_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def finish_directory(partial: Path, path: Path) -> None:
+    """Let the filled directory ``partial`` appear as ``path``, in the place of an older one."""
+    shutil.rmtree(path, ignore_errors=True)
+    partial.replace(path)
+    _flush(path.parent)
+
+
 def remove_leftovers(directory: Path) -> None:
     """Remove what an interrupted write left behind in ``directory`` and below."""
     for leftover in directory.rglob("*" + TEMPORARY_SUFFIX):

@@ -9,7 +9,8 @@ transformers. For expert e of group g = g(e)::
 
 The base weights of a group run once per (token, group) however many of its members were chosen,
 because the down projection is linear and members are summed before it. The router is the
-teacher's. One stable sort of the (token, slot) rows by expert serves all deltas.
+teacher's. One stable sort of the (token, slot) rows by expert serves all deltas. Rows are gathered
+with ``index_select``, whose gradient is summed in one order; that of ``x[index]`` is not.
 
 Shape suffixes: T tokens, K experts chosen per token, N = T * K rows, P (token, group) pairs,
 E original experts, G groups, D hidden width, F expert intermediate width, R rank of a delta.
@@ -140,9 +141,7 @@ class FusedExperts(nn.Module):
             for linear in base.children():
                 nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the routed experts' output, (T, D), in the dtype of ``hidden_states``.
 
         ``hidden_states`` is (T, D); ``top_k_index`` (T, K) integers below E; ``top_k_weights``
@@ -151,19 +150,21 @@ class FusedExperts(nn.Module):
         tokens, top_k = top_k_index.shape
         expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
         token_N = order_N // top_k
-        weight_N = top_k_weights.reshape(-1)[order_N]
+        weight_N = top_k_weights.reshape(-1).index_select(0, order_N)
         rows_per_expert = torch.bincount(expert_N, minlength=self.num_experts).tolist()
         group_N = self.group_of_expert[expert_N]
 
         pair_N, token_P, pairs_per_group = self._pairs(group_N, token_N, tokens)
-        base_PF = self._bases(hidden_states[token_P], pairs_per_group, "gate_up_proj")
-        h_NF = base_PF[pair_N]
+        x_PD = hidden_states.index_select(0, token_P)
+        base_PF = self._bases(x_PD, pairs_per_group, "gate_up_proj")
+        h_NF = base_PF.index_select(0, pair_N)
         if self.scale is not None:
-            h_NF = h_NF * self.scale[expert_N]
+            h_NF = h_NF * self.scale.index_select(0, expert_N)
         if self.delta is not None:
-            h_NF = h_NF + self.delta.gate_up(hidden_states[token_N], rows_per_expert)
+            x_ND = hidden_states.index_select(0, token_N)
+            h_NF = h_NF + self.delta.gate_up(x_ND, rows_per_expert)
         if self.bias is not None:
-            h_NF = h_NF + self.bias[expert_N]
+            h_NF = h_NF + self.bias.index_select(0, expert_N)
         gate_NF, up_NF = h_NF.chunk(2, dim=-1)
         z_NF = (self.act_fn(gate_NF) * up_NF * weight_N.unsqueeze(-1)).to(h_NF.dtype)
 

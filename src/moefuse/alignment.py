@@ -1,0 +1,82 @@
+"""Neuron alignment: the same function, its neurons in another order.
+
+An expert's F neurons can be permuted freely, and the up row and down column of a neuron can be
+rescaled by c and 1/c (c may be negative) without changing what the expert computes, because only
+the gate passes through a non-linearity. Two experts that compute alike can therefore look
+unrelated until their neurons are matched. Matching is a linear assignment problem on the
+similarity of neurons; see Ainsworth et al., "Git Re-Basin" (2022), section 3.
+
+Shape suffixes: D hidden width, F neurons.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert: ``gate_FD``, ``up_FD`` (F, D) and ``down_DF`` (D, F), any float dtype."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+
+    def permuted(self, order_F: Tensor, sign_F: Tensor | None = None) -> "ExpertWeights":
+        """Return the same function with its neurons in ``order_F`` (F,) integers.
+
+        ``sign_F`` (F,) of ones and minus ones flips the up row and down column of a neuron of the
+        *result*, which cancels.
+        """
+        sign = torch.ones_like(self.up_FD[:, 0]) if sign_F is None else sign_F
+        return ExpertWeights(
+            self.gate_FD[order_F],
+            self.up_FD[order_F] * sign[:, None],
+            self.down_DF[:, order_F] * sign[None, :],
+        )
+
+    def balanced(self) -> "ExpertWeights":
+        """Return the same function with each neuron's up row and down column of equal norm."""
+        up = self.up_FD.norm(dim=1).clamp_min(TINY)
+        down = self.down_DF.norm(dim=0).clamp_min(TINY)
+        c_F = (down / up).sqrt()
+        return ExpertWeights(self.gate_FD, self.up_FD * c_F[:, None], self.down_DF / c_F[None, :])
+
+    def gate_up(self) -> Tensor:
+        """Return gate and up stacked, gate first: (2F, D)."""
+        return torch.cat([self.gate_FD, self.up_FD])
+
+
+def neuron_similarity(reference: ExpertWeights, member: ExpertWeights) -> tuple[Tensor, Tensor]:
+    """Compare every neuron of ``reference`` with every neuron of ``member``.
+
+    Returns the similarity (F, F), the sum of the inner products of gate rows and of up rows and
+    down columns under the better of the two signs, and that sign (F, F).
+    """
+    gate_FF = reference.gate_FD @ member.gate_FD.T
+    signed_FF = reference.up_FD @ member.up_FD.T + reference.down_DF.T @ member.down_DF
+    sign_FF = torch.where(signed_FF < 0, -1.0, 1.0).to(signed_FF.dtype)
+    return gate_FF + signed_FF.abs(), sign_FF
+
+
+def match_neurons(reference: ExpertWeights, member: ExpertWeights) -> tuple[Tensor, Tensor]:
+    """Find the order and signs of ``member``'s neurons that bring it closest to ``reference``.
+
+    Returns ``order_F`` (F,) int64 and ``sign_F`` (F,) such that
+    ``member.permuted(order_F, sign_F)`` minimises the squared weight distance to ``reference``
+    over all permutations and signs.
+    """
+    similarity_FF, sign_FF = neuron_similarity(reference, member)
+    rows, columns = linear_sum_assignment(similarity_FF.double().cpu().numpy(), maximize=True)
+    order_F = torch.as_tensor(columns, device=similarity_FF.device)
+    return order_F, sign_FF[torch.as_tensor(rows, device=sign_FF.device), order_F]
+
+
+def align(reference: ExpertWeights, member: ExpertWeights) -> ExpertWeights:
+    """Return ``member`` with its neurons matched to ``reference``'s."""
+    order_F, sign_F = match_neurons(reference, member)
+    return member.permuted(order_F, sign_F)

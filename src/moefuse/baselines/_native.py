@@ -1,0 +1,85 @@
+"""Students made of ordinary experts, fewer than the teacher's: kept ones or merged ones."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from moefuse.baselines import Layer
+
+
+class MergedExperts(nn.Module):
+    """Native experts that several of the teacher's experts share; the router stays as it is."""
+
+    merged_of_expert: Tensor
+
+    def __init__(self, native: nn.Module, merged_of_expert: Tensor) -> None:
+        super().__init__()
+        self.native = native
+        self.register_buffer("merged_of_expert", merged_of_expert)
+
+    def forward(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return the routed output, (T, D)."""
+        return self.native(x_TD, self.merged_of_expert[index_TK], weight_TK)
+
+
+class _Nothing(nn.Module):
+    """Stands in for shared experts while only the routed output is wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class KeptExperts(nn.Module):
+    """A native MoE block with fewer experts: its router chooses among those that were kept.
+
+    It ignores the teacher's choice. ``block`` is the whole native block, shared experts and all;
+    only the routed part of its output is returned.
+    """
+
+    def __init__(self, block: nn.Module, shared_names: list[str]) -> None:
+        super().__init__()
+        self.routed = block
+        self.shared_names = shared_names
+        for name in shared_names:
+            setattr(block, name, _Nothing())
+
+    def forward(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the routed output, (T, D)."""
+        output = self.routed(x_TD.unsqueeze(0))
+        return (output[0] if isinstance(output, tuple) else output).reshape(x_TD.shape)
+
+
+def native_experts(layer: Layer, gate_up: Tensor, down: Tensor) -> nn.Module:
+    """Make a native experts module out of (k, 2F, D) and (k, D, F) weights."""
+    experts = layer.block.get_submodule(layer.family.experts_name)
+    made = type(experts)(_config_with(layer, len(gate_up)))
+    made.gate_up_proj.data, made.down_proj.data = gate_up.clone(), down.clone()
+    return made
+
+
+def kept_experts(layer: Layer, kept: Tensor) -> KeptExperts:
+    """Prune: keep the experts ``kept`` (k,) and their rows of the router."""
+    family, experts = layer.family, len(layer.experts.gate_up_EFD)
+    block = type(layer.block)(_config_with(layer, len(kept)))
+    router = f"{family.router_name}."
+    state = {}
+    for name, tensor in layer.block.state_dict().items():
+        is_expert = name.startswith((router, f"{family.experts_name}."))
+        state[name] = tensor[kept] if is_expert and tensor.shape[:1] == (experts,) else tensor
+    block.load_state_dict(state, assign=True)
+    block.requires_grad_(False)
+    block.get_submodule(family.experts_name).requires_grad_(True)
+    shared = [name for name, child in block.named_children() if _is_shared(layer, name, child)]
+    return KeptExperts(block, shared)
+
+
+def _is_shared(layer: Layer, name: str, child: nn.Module) -> bool:
+    return name.startswith(layer.family.shared_prefix) and not isinstance(child, nn.Linear)
+
+
+def _config_with(layer: Layer, experts: int) -> object:
+    config = copy.deepcopy(layer.config)
+    setattr(config, layer.family.experts_count_key, experts)
+    config.num_experts_per_tok = min(config.num_experts_per_tok, experts)
+    return config

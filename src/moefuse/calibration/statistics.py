@@ -1,0 +1,142 @@
+"""What is counted and summed of a MoE layer while calibration text passes through it.
+
+Shape suffixes: T tokens of a batch, K experts chosen per token, N = T * K rows sorted by expert,
+E experts, D hidden width, F expert intermediate width, S sampled tokens.
+"""
+
+from dataclasses import dataclass, field
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moefuse.checkpoint.streaming import ExpertsCall
+
+MEAN_OUTPUT_TOKENS = 2048
+"""Every expert is run on this many tokens, chosen or not, to learn its mean output."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's routed experts: ``gate_up_EFD`` (E, 2F, D), gate first; ``down_EDF`` (E, D, F)."""
+
+    gate_up_EFD: Tensor
+    down_EDF: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+    def run(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Return one expert's output, (T, D), before it is weighted."""
+        gate_TF, up_TF = (x_TD @ self.gate_up_EFD[expert].T).chunk(2, dim=-1)
+        return (self.activation(gate_TF) * up_TF) @ self.down_EDF[expert].T
+
+
+@dataclass
+class LayerStatistics:
+    """Running sums over the calibration tokens of one layer, fp64 on the CPU.
+
+    ``coactivation_EE`` counts tokens that chose both experts (diagonal: tokens that chose one),
+    ``mass_E`` sums routing weights, ``weighted_norm_E`` sums routing weight times output norm,
+    ``moment_DD`` and ``sum_D`` sum ``x x^T`` and ``x`` of the layer's input, ``output_ED`` sums
+    what each expert returns on the same ``sampled`` tokens.
+    """
+
+    coactivation_EE: Tensor
+    mass_E: Tensor
+    weighted_norm_E: Tensor
+    moment_DD: Tensor
+    sum_D: Tensor
+    output_ED: Tensor
+    tokens: int = 0
+    sampled: int = 0
+    names: tuple[str, ...] = field(
+        default=(
+            "coactivation_EE",
+            "mass_E",
+            "weighted_norm_E",
+            "moment_DD",
+            "sum_D",
+            "output_ED",
+        ),
+        repr=False,
+    )
+
+    @classmethod
+    def empty(cls, experts: int, hidden: int) -> "LayerStatistics":
+        """Start with nothing seen."""
+        zeros = {"dtype": torch.float64}
+        return cls(
+            coactivation_EE=torch.zeros(experts, experts, **zeros),
+            mass_E=torch.zeros(experts, **zeros),
+            weighted_norm_E=torch.zeros(experts, **zeros),
+            moment_DD=torch.zeros(hidden, hidden, **zeros),
+            sum_D=torch.zeros(hidden, **zeros),
+            output_ED=torch.zeros(experts, hidden, **zeros),
+        )
+
+    def add(self, call: ExpertsCall, experts: Experts) -> None:
+        """Count one batch; ``experts`` are the layer's weights on the batch's device."""
+        index_TK = call.index_TK.long()
+        chosen_TE = torch.zeros(len(index_TK), len(self.mass_E), device=index_TK.device)
+        chosen_TE.scatter_(1, index_TK, 1.0)
+        self.coactivation_EE += (chosen_TE.T @ chosen_TE).double().cpu()
+        weights_TE = torch.zeros_like(chosen_TE).scatter_(1, index_TK, call.weight_TK)
+        self.mass_E += weights_TE.sum(0).double().cpu()
+        self.weighted_norm_E += _weighted_norms(call, experts, weights_TE).double().cpu()
+        x_TD = call.x_TD.float()
+        self.moment_DD += (x_TD.T @ x_TD).double().cpu()
+        self.sum_D += x_TD.sum(0).double().cpu()
+        self.tokens += len(index_TK)
+        self._sample(call, experts)
+
+    def _sample(self, call: ExpertsCall, experts: Experts) -> None:
+        wanted = min(MEAN_OUTPUT_TOKENS - self.sampled, len(call.x_TD))
+        if wanted <= 0:
+            return
+        x_SD = call.x_TD[:wanted]
+        for expert in range(len(self.mass_E)):
+            self.output_ED[expert] += experts.run(expert, x_SD).sum(0).double().cpu()
+        self.sampled += wanted
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything as tensors for an artifact."""
+        counts = torch.tensor([self.tokens, self.sampled])
+        return {"counts": counts, **{name: getattr(self, name) for name in self.names}}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "LayerStatistics":
+        """Read back what ``tensors`` gave."""
+        sums = {name: tensor for name, tensor in tensors.items() if name != "counts"}
+        tokens, sampled = (int(count) for count in tensors["counts"])
+        return cls(**sums, tokens=tokens, sampled=sampled)
+
+    @property
+    def count_E(self) -> Tensor:
+        """How many tokens chose each expert, (E,) fp64."""
+        return self.coactivation_EE.diagonal()
+
+    @property
+    def never_routed(self) -> list[int]:
+        """The experts that no calibration token chose."""
+        return (self.count_E == 0).nonzero().flatten().tolist()
+
+    @property
+    def mean_output_ED(self) -> Tensor:
+        """Each expert's mean output over the sampled tokens, (E, D) fp64."""
+        return self.output_ED / max(self.sampled, 1)
+
+    @property
+    def mean_weighted_norm_E(self) -> Tensor:
+        """REAP's score: mean of routing weight times output norm over an expert's own tokens.
+
+        Lasby et al., "REAP the Experts" (2025), equation 9. (E,) fp64; 0 for experts never routed.
+        """
+        return self.weighted_norm_E / self.count_E.clamp_min(1.0)
+
+
+def _weighted_norms(call: ExpertsCall, experts: Experts, weights_TE: Tensor) -> Tensor:
+    sums = []
+    for expert in range(weights_TE.shape[1]):
+        rows = weights_TE[:, expert].nonzero().flatten()
+        output = experts.run(expert, call.x_TD[rows]).float()
+        sums.append((output.norm(dim=1) * weights_TE[rows, expert]).sum())
+    return torch.stack(sums)

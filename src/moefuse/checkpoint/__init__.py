@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: safetensors and JSON only, nothing is ever unpickled."""

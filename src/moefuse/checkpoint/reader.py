@@ -1,0 +1,325 @@
+"""Reading a teacher, one layer at a time.
+
+A shard is mapped only while tensors are copied out of it and is mapped afresh for every
+:data:`MAPPED_BYTES`, because pages that were once read stay resident as long as the mapping does;
+so reading a whole model never holds more than what the caller keeps plus that much. The cost
+against one long-lived mapping is parsing the shard's header again, under a millisecond each time.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+
+from moefuse import artifacts
+from moefuse.checkpoint.headers import (
+    CONFIG,
+    HUB_ERRORS,
+    INDEX,
+    PICKLE_SUFFIXES,
+    SINGLE,
+    CheckpointHeaders,
+    TensorInfo,
+    contained_path,
+    hub_error,
+    local_directory,
+    local_headers,
+    read_config,
+    read_weight_map,
+)
+from moefuse.console import track
+from moefuse.errors import UserError
+from moefuse.families import Family, MoeShape, all_families, family_of
+
+MAPPED_BYTES = 256_000_000
+CHECKED_AT_ONCE = 1 << 24
+SAMPLED_BYTES = 4096
+PLAIN_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+
+_TOKENIZER = ("tokenizer*", "*vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_MODELS = ("*.tiktoken", "sentencepiece*.model", "spiece.model", "tekken.json")
+_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json")
+_LICENCES = ("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*")
+AUXILIARY = (*_TOKENIZER, *_TOKENIZER_MODELS, *_TEMPLATES, *_LICENCES)
+"""Patterns of the files that a student inherits from its teacher unchanged."""
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """A published Mixture-of-Experts checkpoint, read lazily; make one with :meth:`open`."""
+
+    source: str
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    family: Family
+    shape: MoeShape
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        allow_quantized: bool = False,
+    ) -> "CheckpointReader":
+        """Open a local directory or a hub id and check everything that headers can tell.
+
+        A hub id is downloaded first: safetensors, JSON and tokenizer files, never pickles.
+        ``trust_remote_code`` is only the user's consent; nothing is imported here. Without
+        ``allow_quantized`` a checkpoint in fp8, or any other format that is no plain float, is
+        refused, because its numbers mean nothing without their scales.
+
+        Raises ``UserError`` for whatever is wrong with the checkpoint.
+        """
+        directory = local_directory(source)
+        if directory is None:
+            directory = _download(str(source), revision, trust_remote_code)
+        family = _known_family(read_config(directory), trust_remote_code)
+        headers = local_headers(str(source), directory)
+        shape = family.shape(headers.config)
+        check_experts(headers, family, shape)
+        if not allow_quantized:
+            _check_plain_floats(headers)
+        return cls(headers.source, directory, headers.config, headers.tensors, family, shape)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor by its checkpoint name: on the CPU, in the stored dtype, a copy."""
+        found: dict[str, Tensor] = {}
+        self._visit([name], lambda name, mapped: found.update({name: mapped.clone()}))
+        return found[name]
+
+    def read_layer(self, layer: int, *, experts: bool = True) -> dict[str, Tensor]:
+        """Return a decoder layer's tensors by the name that the layer's module gives them.
+
+        Names come without the layer's prefix (``self_attn.o_proj.weight``). Routed experts stay
+        single tensors as in the checkpoint; ``experts=False`` leaves them out.
+        """
+        prefix = self.family.layer_prefix(layer)
+        routed = self.family.experts_prefix(layer)
+        names = [
+            name for name in self._by_layer.get(layer, ()) if experts or not name.startswith(routed)
+        ]
+        found: dict[str, Tensor] = {}
+
+        def take(name: str, mapped: Tensor) -> None:
+            found[self.family.module_name(name).removeprefix(prefix)] = mapped.clone()
+
+        self._visit(names, take)
+        return found
+
+    def read_experts(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's routed experts as ``gate_up`` (E, 2F, D) and ``down`` (E, D, F).
+
+        Gate rows come first; both are on the CPU in the stored dtype.
+        """
+        shape, width = self.shape, self.shape.intermediate
+        names = [self.family.expert_names(layer, expert) for expert in range(shape.experts)]
+        sample = self.read(names[0].gate)
+        gate_up = sample.new_empty((shape.experts, 2 * width, shape.hidden))
+        down = sample.new_empty((shape.experts, shape.hidden, width))
+        places: dict[str, Tensor] = {}
+        for expert, name in enumerate(names):
+            places[name.gate] = gate_up[expert, :width]
+            places[name.up] = gate_up[expert, width:]
+            places[name.down] = down[expert]
+        self._visit(list(places), lambda name, mapped: places[name].copy_(mapped))
+        return gate_up, down
+
+    def outside_names(self) -> list[str]:
+        """Return the tensors under no decoder layer: embeddings, final norm, head."""
+        return [name for name in self.tensors if self.family.layer_of(name) is None]
+
+    def check_finite(self) -> None:
+        """Read every tensor once; raises ``UserError`` naming the first with NaN or infinity."""
+
+        def check(name: str, mapped: Tensor) -> None:
+            if not is_finite(mapped):
+                raise UserError(
+                    f"The tensor {name!r} in {self.directory / self.tensors[name].shard} holds NaN "
+                    "or infinity, so nothing sound can come of it; download the checkpoint again."
+                )
+
+        for name in track(self.tensors, "Checking weights"):
+            self._visit([name], check)
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that tell this checkpoint from others, wherever it lies.
+
+        Hashes the configuration, the headers, the shards' sizes and a few bytes out of the middle
+        of each shard: fine-tuned siblings differ in nothing else.
+        """
+        layout = [[t.name, t.dtype, list(t.shape), t.shard] for t in self.tensors.values()]
+        shards = sorted({tensor.shard for tensor in self.tensors.values()})
+        samples = [_sample(self.directory / shard) for shard in shards]
+        return artifacts.fingerprint([self.config, layout, samples])
+
+    def auxiliary_files(self) -> list[Path]:
+        """Return what a student inherits unchanged: tokenizer, chat template, licence, ..."""
+        found = {path for pattern in AUXILIARY for path in self.directory.glob(pattern)}
+        names = sorted(path.relative_to(self.directory).as_posix() for path in found)
+        paths = [contained_path(self.directory, name) for name in names]
+        return [path for path in paths if path.is_file() and path.suffix not in PICKLE_SUFFIXES]
+
+    @cached_property
+    def _by_layer(self) -> dict[int, list[str]]:
+        grouped: dict[int, list[str]] = {}
+        for name in self.tensors:
+            layer = self.family.layer_of(name)
+            if layer is not None:
+                grouped.setdefault(layer, []).append(name)
+        return grouped
+
+    def _visit(self, names: list[str], take: Callable[[str, Tensor], object]) -> None:
+        """Call ``take(name, tensor)`` for each name; the tensor is a view of the mapped shard.
+
+        A callback and not a generator, so that no suspended frame keeps a shard mapped.
+        """
+        for shard, batch in self._batches(names):
+            with safe_open(contained_path(self.directory, shard), framework="pt") as file:
+                for name in batch:
+                    take(name, file.get_tensor(name))
+
+    def _batches(self, names: list[str]) -> Iterator[tuple[str, list[str]]]:
+        """Split names into runs of one shard and at most ``MAPPED_BYTES`` (or one tensor)."""
+        shard, batch, held = "", [], 0
+        for tensor in sorted((self.tensors[name] for name in names), key=lambda t: t.shard):
+            if batch and (tensor.shard != shard or held + tensor.nbytes > MAPPED_BYTES):
+                yield shard, batch
+                batch, held = [], 0
+            shard = tensor.shard
+            batch.append(tensor.name)
+            held += tensor.nbytes
+        if batch:
+            yield shard, batch
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor of any shape and dtype is free of NaN and infinity.
+
+    Integers and 4-bit floats always are: they have no such values.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.dtype == torch.float4_e2m1fn_x2:
+        return True
+    # Pieces, so that a large embedding needs no second copy of itself for the comparison.
+    for piece in tensor.reshape(-1).split(CHECKED_AT_ONCE):
+        wide = piece.float() if piece.element_size() == 1 else piece
+        if not bool(torch.isfinite(wide).all()):
+            return False
+    return True
+
+
+def check_experts(headers: CheckpointHeaders, family: Family, shape: MoeShape) -> None:
+    """Raise ``UserError`` unless every routed expert is there, in one dtype and the right shape."""
+    up, down = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+    for layer in shape.layers:
+        dtypes: set[str] = set()
+        for expert in range(shape.experts):
+            names = family.expert_names(layer, expert)
+            for name, wanted in ((names.gate, up), (names.up, up), (names.down, down)):
+                tensor = headers.tensors.get(name)
+                if tensor is None:
+                    raise _missing_expert(headers, family, name)
+                if tensor.shape != wanted:
+                    raise _misshapen_expert(headers, tensor, wanted)
+                dtypes.add(tensor.dtype)
+        if len(dtypes) > 1:
+            raise UserError(
+                f"The routed experts of layer {layer} in {headers.source} have several dtypes "
+                f"({', '.join(sorted(dtypes))}); convert the checkpoint to one dtype first."
+            )
+
+
+def _missing_expert(headers: CheckpointHeaders, family: Family, name: str) -> UserError:
+    method = quantization_method(headers.config)
+    if method:
+        return UserError(
+            f"{headers.source} is quantised with {method} and lacks the plain tensor {name!r}; "
+            "start from the checkpoint that was not quantised."
+        )
+    return UserError(
+        f"{headers.source} lacks the tensor {name!r}, which its config.json promises; check "
+        f"{family.experts_count_key!r} and the layer count there, or download the checkpoint again."
+    )
+
+
+def _misshapen_expert(
+    headers: CheckpointHeaders, tensor: TensorInfo, wanted: tuple[int, int]
+) -> UserError:
+    return UserError(
+        f"The tensor {tensor.name!r} in {headers.source} has the shape {list(tensor.shape)}, but "
+        f"its config.json means {list(wanted)}; configuration and weights are of different models."
+    )
+
+
+def quantization_method(config: dict[str, Any]) -> str | None:
+    """Return the method that ``quantization_config`` names, or None where there is none."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return None
+    return str(settings.get("quant_method", "an unnamed method"))
+
+
+def _check_plain_floats(headers: CheckpointHeaders) -> None:
+    for tensor in headers.tensors.values():
+        # Integers under other names (counters, positions) are buffers, not weights.
+        if tensor.name.endswith(".weight") and tensor.dtype not in PLAIN_FLOATS:
+            method = quantization_method(headers.config)
+            how = f" with {method}" if method else ""
+            raise UserError(
+                f"{headers.source} is quantised{how}: {tensor.name!r} is stored as {tensor.dtype}; "
+                "convert the checkpoint to bfloat16 first."
+            )
+
+
+def _known_family(config: dict[str, Any], trust_remote_code: bool) -> Family:
+    unknown = config.get("model_type") not in all_families()
+    if unknown and "auto_map" in config and not trust_remote_code:
+        raise UserError(
+            f"The model type {config.get('model_type')!r} needs code that the checkpoint brings "
+            "along (its config.json has 'auto_map'); pass --trust-remote-code if you trust it."
+        )
+    return family_of(config)
+
+
+def _download(source: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """Fetch a hub id into the cache: the small files first, so that refusals cost nothing."""
+    try:
+        directory = Path(
+            snapshot_download(source, revision=revision, allow_patterns=[CONFIG, INDEX])
+        )
+    except HUB_ERRORS as error:
+        raise hub_error(source, error) from error
+    _known_family(read_config(directory), trust_remote_code)
+    index = directory / INDEX
+    shards = set(read_weight_map(index).values()) if index.is_file() else {SINGLE}
+    wanted = [CONFIG, INDEX, *AUXILIARY, *sorted(shards)]
+    # The commit that the first call found, so that both see one version of a moving branch.
+    commit = directory.name if directory.parent.name == "snapshots" else revision
+    try:
+        return Path(
+            snapshot_download(
+                source,
+                revision=commit,
+                allow_patterns=wanted,
+                ignore_patterns=[f"*{suffix}" for suffix in PICKLE_SUFFIXES],
+            )
+        )
+    except HUB_ERRORS as error:
+        raise hub_error(source, error) from error
+
+
+def _sample(shard: Path) -> list[int | str]:
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        file.seek(size // 2)
+        return [size, file.read(SAMPLED_BYTES).hex()]

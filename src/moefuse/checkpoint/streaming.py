@@ -1,0 +1,179 @@
+"""Running a teacher that does not fit in memory, one decoder layer at a time.
+
+The model is built on the meta device, where weights take no memory. A recorder stands in for the
+decoder layers once per batch, to learn the arguments that each of them receives (positions, masks,
+rotary embeddings); then each layer's weights are read, every batch passes through it, and the
+weights go. At no time is more than one layer in memory, besides the embeddings.
+
+The bigger alternative, accelerate's offloading hooks, moves weights per forward pass: every batch
+would read the whole model again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from moefuse.checkpoint.reader import CheckpointReader
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """What one call of a layer's routed experts received and returned, padding left out.
+
+    ``x_TD`` (T, D) and ``y_TD`` (T, D) in the working dtype, ``index_TK`` (T, K) int32,
+    ``weight_TK`` (T, K) fp32.
+    """
+
+    x_TD: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    y_TD: Tensor
+
+
+class _LastLayerReachedError(Exception):
+    """Ends the recording pass before the final norm, which has no weights."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps its keyword arguments and passes the hidden states."""
+
+    def __init__(self, layer: nn.Module, *, last: bool) -> None:
+        super().__init__()
+        self.stood_in_for = [layer]
+        self.last = last
+        self.received: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stood_in_for"][0], name)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **received: Any) -> Tensor:
+        self.received = received
+        if self.last:
+            raise _LastLayerReachedError
+        return hidden_states
+
+
+class StreamedTeacher:
+    """A teacher read layer by layer from ``reader``, computing on ``device`` in ``dtype``."""
+
+    def __init__(self, reader: CheckpointReader, *, device: str, dtype: torch.dtype) -> None:
+        self.reader = reader
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False)
+        self.config.use_cache = False
+        with torch.device("meta"):
+            model = getattr(transformers, reader.family.causal_lm)(self.config)
+        self.model: nn.Module = model.to(dtype).eval()
+        self.backbone: nn.Module = model.base_model
+        self.layers = list(self.backbone.layers)  # type: ignore[arg-type]
+        self._load_outside()
+
+    def _load_outside(self) -> None:
+        """Read the embeddings; rebuild what computes its buffers instead of loading them."""
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        name = next(n for n, m in self.model.named_modules() if m is embedding)
+        weight = self.reader.read(f"{name}.weight").to(self.device, self.dtype)
+        embedding.load_state_dict({"weight": weight}, assign=True)
+        for child_name, child in list(self.backbone.named_children()):
+            if any(True for _ in child.buffers()) and not any(True for _ in child.parameters()):
+                rebuilt = type(child)(self.config)
+                setattr(self.backbone, child_name, rebuilt.to(self.device))
+
+    @torch.no_grad()
+    def embed(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Return the first layer's input, (B, S, D), and the keyword arguments of every layer.
+
+        ``input_ids_BS`` and ``attention_mask_BS`` are (B, S) int64.
+        """
+        recorders = [_Recorder(layer, last=False) for layer in self.layers]
+        recorders[-1].last = True
+        ids_BS = input_ids_BS.to(self.device)
+        hidden_BSD = self.model.get_input_embeddings()(ids_BS)  # type: ignore[operator]
+        self.backbone.layers = nn.ModuleList(recorders)
+        try:
+            self.backbone(
+                inputs_embeds=hidden_BSD,
+                attention_mask=attention_mask_BS.to(self.device),
+                use_cache=False,
+            )
+        except _LastLayerReachedError:
+            pass
+        finally:
+            self.backbone.layers = nn.ModuleList(self.layers)
+        return hidden_BSD, [recorder.received for recorder in recorders]
+
+    @contextmanager
+    def loaded(self, layer: int) -> Iterator[nn.Module]:
+        """Hold one decoder layer's weights in memory, on the device and in the working dtype."""
+        module = self.layers[layer]
+        module.load_state_dict(self._layer_state(layer), strict=True, assign=True)
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    def _layer_state(self, layer: int) -> dict[str, Tensor]:
+        family = self.reader.family
+        state = self.reader.read_layer(layer, experts=False)
+        if layer in self.reader.shape.layers:
+            path = f"{family.moe_name}.{family.experts_name}"
+            gate_up_EFD, down_EDF = self.reader.read_experts(layer)
+            state[f"{path}.gate_up_proj"] = gate_up_EFD
+            state[f"{path}.down_proj"] = down_EDF
+        expected = self.layers[layer].state_dict()
+        return {
+            name: tensor.to(self.device, expected.get(name, tensor).dtype)
+            for name, tensor in state.items()
+        }
+
+    @torch.no_grad()
+    def forward_layer(
+        self, module: nn.Module, hidden_BSD: Tensor, received: dict[str, Any]
+    ) -> Tensor:
+        """Pass one batch through a loaded layer; (B, S, D) to (B, S, D)."""
+        output = module(hidden_BSD.to(self.device), **received)
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def listening(
+        self, module: nn.Module, hear: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    ) -> Iterator[None]:
+        """Call ``hear(x, index, weights, y)`` whenever the layer's routed experts run."""
+        family = self.reader.family
+        experts = module.get_submodule(f"{family.moe_name}.{family.experts_name}")
+
+        def hook(_: nn.Module, given: tuple[Tensor, ...], returned: Tensor) -> None:
+            hear(*given[:3], returned)
+
+        handle = experts.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def without_padding(
+    call: tuple[Tensor, Tensor, Tensor, Tensor], attention_mask_BS: Tensor
+) -> ExpertsCall:
+    """Keep only the rows of a recorded call that belong to tokens of the text."""
+    x_TD, index_TK, weight_TK, y_TD = call
+    kept_T = attention_mask_BS.reshape(-1).bool().to(x_TD.device)
+    flat_TD = x_TD.reshape(-1, x_TD.shape[-1])
+    return ExpertsCall(
+        x_TD=flat_TD[kept_T],
+        index_TK=index_TK[kept_T].to(torch.int32),
+        weight_TK=weight_TK[kept_T].float(),
+        y_TD=y_TD.reshape(flat_TD.shape)[kept_T],
+    )

@@ -1,0 +1,178 @@
+"""The settings of every stage: one frozen dataclass each, from which flags and YAML are derived.
+
+A field's name is its flag (``batch_tokens`` is ``--batch-tokens``) and its key in a YAML file; its
+metadata holds the help text. Values are checked where they are made, before any work starts.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from moefuse.errors import UserError
+
+GROUPINGS = ("coactivation", "output", "weight", "hierarchical", "dominant")
+DELTA_KINDS = ("low_rank",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Stage = TypeVar("Stage")
+
+
+def setting(default: Any, help_text: str, *, at_least: float | None = None) -> Any:
+    """Declare a field with its help text and, for numbers, the smallest value that makes sense."""
+    return field(default=default, metadata={"help": help_text, "at_least": at_least})
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Where and how to compute."""
+
+    device: str = setting("auto", "Device to compute on: auto, cpu, cuda, cuda:1, ...")
+    dtype: str = setting("auto", f"Working dtype: {', '.join(DTYPES)} (auto: the checkpoint's).")
+    seed: int = setting(0, "Seed of everything random.", at_least=0)
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """What text the teacher is calibrated on, and how much of it."""
+
+    data: str | None = setting(
+        None, "Calibration text: a file, a folder, JSONL with text or messages, or a hub data set."
+    )
+    tokens: int = setting(131_072, "Calibration tokens.", at_least=2)
+    sequence_length: int = setting(512, "Tokens in one calibration sequence.", at_least=2)
+    batch_size: int = setting(8, "Sequences in one batch.", at_least=1)
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    """How large the student is to be; the planner chooses what is not given."""
+
+    groups: int | None = setting(None, "Fused experts in a layer (G).", at_least=1)
+    rank: int | None = setting(None, "Rank of every expert's delta (R).", at_least=0)
+    params: str | None = setting(None, "Parameters of the whole student, such as 4B.")
+    bytes: str | None = setting(None, "Bytes of the whole student on disk, such as 6GB.")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """How experts are put into groups."""
+
+    grouping: str = setting("output", f"How experts are grouped: {', '.join(GROUPINGS)}.")
+
+
+@dataclass(frozen=True)
+class FactorConfig:
+    """How a layer is split into bases and deltas before training."""
+
+    alternations: int = setting(4, "Rounds of refitting base and deltas in turn.", at_least=0)
+    align: bool = setting(True, "Match neurons before averaging.")
+    damping: float = setting(
+        1.0, "Damping of the inputs' second moment: 0 whitens, 1 ignores it.", at_least=0
+    )
+    scale: bool = setting(False, "Give every expert a scale per neuron.")
+    bias: bool = setting(False, "Give every expert a bias per neuron.")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a layer is distilled."""
+
+    steps: int = setting(400, "Optimiser steps per layer; 0 leaves the student one-shot.", at_least=0)
+    batch_tokens: int = setting(1024, "Tokens in one distillation step.", at_least=1)
+    learning_rate: float = setting(2e-3, "Peak learning rate of the bases.", at_least=0)
+    delta_learning_rate: float = setting(2e-3, "Peak learning rate of the deltas.", at_least=0)
+    warmup: float = setting(0.05, "Share of the steps spent warming up.", at_least=0)
+    held_back: float = setting(0.05, "Share of the tokens that only measure.", at_least=0)
+
+
+@dataclass(frozen=True)
+class AssembleConfig:
+    """How the student is written."""
+
+    max_shard: str = setting("4GB", "Largest size of one weight file.")
+
+
+def fields_of(stages: Sequence[type]) -> dict[str, dataclasses.Field]:
+    """Return the fields of several stages by name; no two stages share a name."""
+    found: dict[str, dataclasses.Field] = {}
+    for stage in stages:
+        for declared in dataclasses.fields(stage):
+            assert declared.name not in found, declared.name
+            found[declared.name] = declared
+    return found
+
+
+def build(stage: type[Stage], values: Mapping[str, Any]) -> Stage:
+    """Make one stage's settings from whatever of ``values`` belongs to it; None means default.
+
+    Raises ``UserError`` for a value of the wrong kind or below what makes sense.
+    """
+    names = {declared.name for declared in dataclasses.fields(stage)}  # type: ignore[arg-type]
+    given = {k: v for k, v in values.items() if k in names and v is not None}
+    for declared in dataclasses.fields(stage):  # type: ignore[arg-type]
+        if declared.name in given:
+            _check(declared, given[declared.name])
+    return stage(**given)
+
+
+def _check(declared: dataclasses.Field, value: Any) -> None:
+    flag = "--" + declared.name.replace("_", "-")
+    expected = declared.type
+    accepted = (int, float) if expected is float else expected
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        name = getattr(expected, "__name__", str(expected))
+        raise UserError(f"{flag} is {value!r}, which is not {name}.")
+    smallest = declared.metadata["at_least"]
+    if smallest is not None and value < smallest:
+        raise UserError(f"{flag} is {value}; it must be at least {smallest}.")
+
+
+def read_yaml(path: Path, stages: Sequence[type]) -> dict[str, Any]:
+    """Read settings from a YAML file whose keys are field names (dashes count as underscores).
+
+    Raises ``UserError`` for a file that cannot be read and for a key that no stage knows.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The configuration {path} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"The configuration {path} must be a mapping of settings to values.")
+    values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    known = fields_of(stages)
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"The configuration {path} has the key {key!r}, which is no setting of this "
+                f"command; it knows {', '.join(known)}."
+            )
+    return values
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def parse_count(text: str, flag: str) -> int:
+    """Read ``4B``, ``350M`` or ``1.5e9`` as a number of parameters; raises ``UserError``."""
+    return _parse(text, flag, "a number of parameters such as 4B or 350M", text.strip().upper())
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Read ``6GB``, ``500 MB`` or ``6e9`` as bytes (decimal units); raises ``UserError``."""
+    trimmed = text.strip().upper().removesuffix("B").strip()
+    return _parse(text, flag, "a size such as 6GB or 500MB", trimmed)
+
+
+def _parse(text: str, flag: str, wanted: str, trimmed: str) -> int:
+    unit = trimmed[-1:] if trimmed[-1:].isalpha() else ""
+    try:
+        value = float(trimmed.removesuffix(unit)) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise UserError(f"{flag} is {text!r}, which is not {wanted}.") from None
+    if not 0 < value < 1e18:
+        raise UserError(f"{flag} is {text!r}, which is not {wanted}.")
+    return round(value)

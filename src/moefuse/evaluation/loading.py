@@ -1,0 +1,175 @@
+"""From a path or a hub id to a model in memory, its tokenizer and its stored sizes."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from moefuse.checkpoint.headers import (
+    HUB_ERRORS,
+    CheckpointHeaders,
+    hub_error,
+    local_directory,
+    read_headers,
+)
+from moefuse.errors import UserError
+from moefuse.families import Family, all_families
+from moefuse.modeling import FusedExperts, is_fused, load_fused
+from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+NEEDED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken"]
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, in evaluation mode, onto ``device``.
+
+    ``path`` is a checkpoint directory or a hub id; ``dtype`` is ``float32``, ``bfloat16``,
+    ``float16`` or, by default, as stored. A checkpoint that moefuse wrote is loaded through
+    moefuse's own classes; code that another checkpoint brings along runs only with
+    ``trust_remote_code``. Raises ``UserError`` for what is no sound model or no usable device.
+    """
+    _check(dtype, device)
+    directory = _download(path)
+    config = read_headers(directory).config
+    options = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    try:
+        if is_fused(config):
+            model = load_fused(directory, dtype=dtype or "auto")
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise _not_loaded(path, error) from error
+    return model.eval().to(cast(Any, device)), load_tokenizer(
+        path, trust_remote_code=trust_remote_code
+    )
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint; raises ``UserError`` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(_download(path), trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise _wants_consent(path) from error
+        raise UserError(
+            f"{path} has no tokenizer that can be loaded ({_first_line(error)}); "
+            "copy the teacher's tokenizer files into it."
+        ) from error
+
+
+def _check(dtype: str | None, device: str) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"{dtype!r} is no dtype for weights; give one of {', '.join(DTYPES)}.")
+    try:
+        kind = torch.device(device).type
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"The device {device!r} cannot be used here ({_first_line(error)}); "
+            "give another one, for example cpu."
+        ) from error
+    if kind == "meta":
+        raise UserError("The meta device holds no numbers; give another one, for example cpu.")
+
+
+def _download(path: str | Path) -> Path:
+    directory = local_directory(path)
+    if directory is not None:
+        return directory
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=NEEDED))
+    except HUB_ERRORS as error:
+        raise hub_error(str(path), error) from error
+
+
+def _not_loaded(path: str | Path, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return _wants_consent(path)
+    return UserError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}.")
+
+
+def _wants_consent(path: str | Path) -> UserError:
+    return UserError(
+        f"{path} brings its own code, which runs with your rights; "
+        "read it, and pass --trust-remote-code if you trust it."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def read_sizes(path: str | Path) -> CheckpointHeaders:
+    """Return the layout of the checkpoint that ``load_model`` loads from the same ``path``."""
+    return read_headers(_download(path))
+
+
+def _family(headers: CheckpointHeaders) -> tuple[Family, dict[str, Any]] | None:
+    """Return the family of a teacher or student and the teacher's configuration, if it is known."""
+    config = {key: value for key, value in headers.config.items() if key != "moefuse"}
+    config["model_type"] = str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX)
+    family = all_families().get(config["model_type"])
+    return None if family is None else (family, config)
+
+
+def expert_bytes(headers: CheckpointHeaders) -> int | None:
+    """Return the stored bytes of all routed experts, or None for a family that is not known."""
+    known = _family(headers)
+    if known is None:
+        return None
+    family, config = known
+    prefixes = tuple(
+        prefix
+        for layer in family.shape(config).layers
+        for prefix in (
+            family.experts_prefix(layer),
+            f"{family.moe_path(layer)}.{family.experts_name}.",
+        )
+    )
+    return sum(info.nbytes for name, info in headers.tensors.items() if name.startswith(prefixes))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many parameters ``model`` has; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_active_parameters(model: nn.Module, headers: CheckpointHeaders) -> int | None:
+    """Return how many parameters a token passes at most, or None for an unknown family.
+
+    Of E routed experts a token passes K. Of G bases it passes at most min(K, G), fewer where
+    several of its experts share one.
+    """
+    known = _family(headers)
+    if known is None:
+        return None
+    family, config = known
+    shape = family.shape(config)
+    idle = 0.0
+    for layer in shape.layers:
+        experts = model.get_submodule(f"{family.moe_path(layer)}.{family.experts_name}")
+        bases = experts.bases if isinstance(experts, FusedExperts) else nn.ModuleList()
+        shared, all_numbers = count_parameters(bases), count_parameters(experts)
+        idle += (all_numbers - shared) * (1 - shape.top_k / shape.experts)
+        idle += shared * (1 - min(shape.top_k, len(bases)) / len(bases)) if bases else 0
+    return count_parameters(model) - round(idle)

@@ -1,0 +1,205 @@
+"""What moefuse has to know about a family of Mixture-of-Experts models, as data.
+
+A family is a Transformers ``model_type`` together with the names its published checkpoints use and
+the configuration keys its sizes are kept under. Everything else in moefuse asks a :class:`Family`
+and never looks at ``model_type``. A new family is a new file in this folder with one instance named
+``FAMILY``; the contract test builds a tiny model of it and compares names, shapes and weights.
+
+Letters: D hidden width, F intermediate width of one routed expert, E routed experts of a layer,
+K experts chosen per token.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from moefuse.errors import UserError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """The sizes of a model's routed experts."""
+
+    layers: tuple[int, ...]
+    """Indices of the decoder layers that have routed experts, ascending."""
+    experts: int
+    """E."""
+    top_k: int
+    """K."""
+    shared_experts: int
+    """Experts that every token passes; 0 where there are none."""
+    hidden: int
+    """D."""
+    intermediate: int
+    """F."""
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """The names of one routed expert's tensors in the published checkpoint."""
+
+    gate: str
+    """F x D."""
+    up: str
+    """F x D."""
+    down: str
+    """D x F."""
+
+
+def require(config: Config, *keys: str) -> int:
+    """Return the whole number under the first of ``keys`` that the configuration has.
+
+    Raises ``UserError`` naming the keys when none is there or the value is no positive integer.
+    """
+    value = next((config[key] for key in keys if config.get(key) is not None), None)
+    wanted = " or ".join(repr(key) for key in keys)
+    if value is None:
+        raise UserError(
+            f"config.json lacks the key {wanted}, which a {config.get('model_type')} model needs; "
+            "take the configuration from the model's publisher."
+        )
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"config.json has {value!r} under {wanted}; a positive integer is needed.")
+    return value
+
+
+def every_layer(config: Config, layer: int) -> bool:  # noqa: ARG001
+    """Tell that every decoder layer has routed experts."""
+    return True
+
+
+def after_leading_dense(default: int) -> Callable[[Config, int], bool]:
+    """Return the rule of models whose first ``first_k_dense_replace`` layers are dense."""
+
+    def rule(config: Config, layer: int) -> bool:
+        leading = config.get("first_k_dense_replace")
+        return layer >= (default if leading is None else leading)
+
+    return rule
+
+
+def at_sparse_steps(config: Config, layer: int) -> bool:
+    """Tell whether ``layer`` is sparse by ``decoder_sparse_step`` and ``mlp_only_layers``."""
+    step = config.get("decoder_sparse_step") or 1
+    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
+
+
+def no_shared_experts(config: Config) -> int:  # noqa: ARG001
+    """Tell that no expert is shared."""
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family: its Transformers classes, its configuration keys and its tensor names."""
+
+    model_type: str
+    causal_lm: str
+    """Name of the Transformers class with the language-model head."""
+    base_model: str
+    """Name of the Transformers class without it."""
+    config_class: str
+    experts_count_key: str
+    """Configuration key that holds E in published checkpoints."""
+    experts_count_aliases: tuple[str, ...] = ()
+    """Other spellings of that key that Transformers writes or accepts."""
+    intermediate_key: str = "moe_intermediate_size"
+    has_experts: Callable[[Config, int], bool] = every_layer
+    """Tells whether a layer has routed experts."""
+    shared_experts: Callable[[Config], int] = no_shared_experts
+    layers_path: str = "model.layers"
+    moe_name: str = "mlp"
+    """Child of a decoder layer, in Transformers, that holds router and experts."""
+    experts_name: str = "experts"
+    router_name: str = "gate"
+    shared_prefix: str = "shared_expert"
+    """How the names of the shared experts' modules in the MoE module start."""
+    attention_name: str = "self_attn"
+    disk_moe_name: str = "mlp"
+    """What published checkpoints call ``moe_name``."""
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """What published checkpoints call an expert's gate, up and down projections."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """Pairs (regular expression on a checkpoint's name, replacement) that give module names."""
+
+    def shape(self, config: Config) -> MoeShape:
+        """Read the sizes of the routed experts from a ``config.json``.
+
+        Raises ``UserError`` when a key is missing or when no layer has routed experts.
+        """
+        layers = tuple(i for i in range(self.layer_count(config)) if self.has_experts(config, i))
+        experts = self._experts(config)
+        if not layers or experts < 2:
+            raise UserError(
+                f"This {self.model_type} configuration has no layer with routed experts, so there "
+                "is nothing to fuse; moefuse works on Mixture-of-Experts models."
+            )
+        top_k = require(config, "num_experts_per_tok")
+        if top_k > experts:
+            raise UserError(
+                f"config.json chooses {top_k} experts per token ('num_experts_per_tok') of only "
+                f"{experts} ({self.experts_count_key!r})."
+            )
+        return MoeShape(
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            shared_experts=self.shared_experts(config),
+            hidden=require(config, "hidden_size"),
+            intermediate=require(config, self.intermediate_key),
+        )
+
+    def _experts(self, config: Config) -> int:
+        spelled = (self.experts_count_key, *self.experts_count_aliases)
+        named = [config[key] for key in spelled if key in config]
+        # Null and 0 are how a family that also has dense models says "dense".
+        if named and not any(named):
+            return 0
+        return require(config, *spelled)
+
+    def layer_count(self, config: Config) -> int:
+        """Return how many decoder layers the model has, dense ones included."""
+        return require(config, "num_hidden_layers")
+
+    def with_expert_count(self, config: Config, experts: int) -> dict[str, Any]:
+        """Return a copy of ``config`` whose layers have ``experts`` routed experts."""
+        spelled = (self.experts_count_key, *self.experts_count_aliases)
+        present = [key for key in spelled if key in config] or [self.experts_count_key]
+        return {**config, **dict.fromkeys(present, experts)}
+
+    def layer_prefix(self, layer: int) -> str:
+        """Return what every tensor name of a decoder layer starts with: ``"model.layers.3."``."""
+        return f"{self.layers_path}.{layer}."
+
+    def layer_of(self, name: str) -> int | None:
+        """Return the decoder layer that a tensor name belongs to, or None."""
+        found = self._layer_pattern.match(name)
+        return int(found[1]) if found else None
+
+    @cached_property
+    def _layer_pattern(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.layers_path) + r"\.(\d+)\.")
+
+    def moe_path(self, layer: int) -> str:
+        """Return the path of the module that holds router and experts: ``"model.layers.3.mlp"``."""
+        return self.layer_prefix(layer) + self.moe_name
+
+    def experts_prefix(self, layer: int) -> str:
+        """Return what the names of a layer's routed experts start with in the checkpoint."""
+        return f"{self.layer_prefix(layer)}{self.disk_moe_name}.{self.experts_name}."
+
+    def expert_names(self, layer: int, expert: int) -> ExpertNames:
+        """Return the checkpoint's names for one routed expert's tensors."""
+        prefix = f"{self.experts_prefix(layer)}{expert}."
+        gate, up, down = (f"{prefix}{projection}.weight" for projection in self.projections)
+        return ExpertNames(gate=gate, up=up, down=down)
+
+    def module_name(self, name: str) -> str:
+        """Return what Transformers calls the tensor that the checkpoint calls ``name``."""
+        for pattern, replacement in self.rename:
+            name = re.sub(pattern, replacement, name)
+        return name

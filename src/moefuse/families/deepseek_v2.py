@@ -1,0 +1,14 @@
+"""DeepSeek-V2, V2-Lite and DeepSeek-Coder-V2."""
+
+from moefuse.families.base import Family, after_leading_dense
+
+FAMILY = Family(
+    model_type="deepseek_v2",
+    causal_lm="DeepseekV2ForCausalLM",
+    base_model="DeepseekV2Model",
+    config_class="DeepseekV2Config",
+    experts_count_key="n_routed_experts",
+    experts_count_aliases=("num_experts",),
+    has_experts=after_leading_dense(default=0),
+    shared_experts=lambda config: config.get("n_shared_experts") or 0,
+)

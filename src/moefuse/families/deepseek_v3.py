@@ -1,0 +1,18 @@
+"""DeepSeek-V3, R1 and their descendants.
+
+Published checkpoints end with one more layer than ``num_hidden_layers``: the multi-token prediction
+module, which Transformers does not load and moefuse does not fuse.
+"""
+
+from moefuse.families.base import Family, after_leading_dense
+
+FAMILY = Family(
+    model_type="deepseek_v3",
+    causal_lm="DeepseekV3ForCausalLM",
+    base_model="DeepseekV3Model",
+    config_class="DeepseekV3Config",
+    experts_count_key="n_routed_experts",
+    experts_count_aliases=("num_local_experts",),
+    has_experts=after_leading_dense(default=3),
+    shared_experts=lambda config: config.get("n_shared_experts") or 0,
+)

@@ -1,0 +1,129 @@
+"""Bases and deltas of one layer in closed form, before any training.
+
+Within a group the members' neurons are aligned, then base and deltas are found by alternating: the
+base is the mean of what the deltas leave, weighted by routed mass, and the deltas are the best
+low-rank approximation of what the base leaves. Each half step lowers
+
+    sum over members e of  p_e |(W_e - W_base - B_e A_e) S^(1/2)|^2
+
+with ``S`` the (damped) second moment of the inputs; the identity by default, because raw second
+moments are dominated by a few directions (design, section 4).
+
+Shape suffixes: E experts, M members of a group, O outputs, I inputs, D hidden width, F neurons,
+R rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefuse.alignment import ExpertWeights, align
+from moefuse.fusion.lowrank import damped, low_rank, symmetric_root
+
+MASS_FLOOR = 1e-3
+"""Share of the mean mass that an expert counts for at least, so that none is forgotten."""
+
+
+@dataclass(frozen=True)
+class FactorOptions:
+    """How a layer is factored.
+
+    ``rank`` R of every delta; ``alternations`` of base and deltas; ``align`` neurons before
+    averaging; ``damping`` of the inputs' second moment, from 0 (whitened) to 1 (plain).
+    """
+
+    rank: int
+    alternations: int = 4
+    align: bool = True
+    damping: float = 1.0
+
+
+def align_group(members: list[ExpertWeights], weight_M: Tensor) -> list[ExpertWeights]:
+    """Match all members' neurons: first to the heaviest member's, then to the group's mean."""
+    balanced = [member.balanced() for member in members]
+    reference = balanced[int(weight_M.argmax())]
+    aligned = [align(reference, member) for member in balanced]
+    return [align(weighted_mean(aligned, weight_M), member) for member in aligned]
+
+
+def weighted_mean(members: list[ExpertWeights], weight_M: Tensor) -> ExpertWeights:
+    """Return the mean of experts' weights; ``weight_M`` (M,) sums to one."""
+
+    def mean(name: str) -> Tensor:
+        stacked = torch.stack([getattr(member, name) for member in members])
+        return torch.tensordot(weight_M.to(stacked.dtype), stacked, dims=1)
+
+    return ExpertWeights(mean("gate_FD"), mean("up_FD"), mean("down_DF"))
+
+
+def factor_matrices(
+    matrix_MOI: Tensor, weight_M: Tensor, options: FactorOptions, moment_II: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split matrices into a common base and a low-rank delta each.
+
+    ``weight_M`` (M,) sums to one; ``moment_II`` (I, I) is the second moment of the inputs, used
+    when ``options.damping`` is below 1. Returns ``base_OI``, ``b_MOR`` and ``a_MRI``.
+    """
+    root_II = inverse_II = None
+    if moment_II is not None and options.damping < 1:
+        root_II, inverse_II = symmetric_root(damped(moment_II, options.damping))
+        matrix_MOI = matrix_MOI @ root_II
+    base_OI = torch.tensordot(weight_M, matrix_MOI, dims=1)
+    b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, options.rank)
+    for _ in range(options.alternations if options.rank and len(matrix_MOI) > 1 else 0):
+        base_OI = torch.tensordot(weight_M, matrix_MOI - b_MOR @ a_MRI, dims=1)
+        b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, options.rank)
+    if inverse_II is not None:
+        base_OI, a_MRI = base_OI @ inverse_II, a_MRI @ inverse_II
+    return base_OI, b_MOR, a_MRI
+
+
+def factor_layer(
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    group_of_expert: Tensor,
+    mass_E: Tensor,
+    options: FactorOptions,
+    moment_DD: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the state of a ``FusedExperts`` module, fp32, for one layer.
+
+    ``gate_up_EFD`` is (E, 2F, D), gate first; ``down_EDF`` (E, D, F); ``group_of_expert`` (E,)
+    integers; ``mass_E`` (E,) routed mass; ``moment_DD`` (D, D) second moment of the layer's input.
+    """
+    experts, double_intermediate, hidden = gate_up_EFD.shape
+    zeros = {"dtype": torch.float32, "device": gate_up_EFD.device}
+    rank = options.rank
+    state = {
+        "delta.gate_up_a": torch.zeros(experts, rank, hidden, **zeros),
+        "delta.gate_up_b": torch.zeros(experts, double_intermediate, rank, **zeros),
+        "delta.down_a": torch.zeros(experts, rank, double_intermediate // 2, **zeros),
+        "delta.down_b": torch.zeros(experts, hidden, rank, **zeros),
+    }
+    floor = MASS_FLOOR * float(mass_E.mean()) or 1.0
+    for group in range(int(group_of_expert.max()) + 1):
+        members = (group_of_expert == group).nonzero().flatten()
+        weight_M = mass_E[members].clamp_min(floor).to(**zeros)
+        weight_M = weight_M / weight_M.sum()
+        experts_M = [_expert(gate_up_EFD[m], down_EDF[m]) for m in members.tolist()]
+        if options.align and len(experts_M) > 1:
+            experts_M = align_group(experts_M, weight_M)
+        moment = None if moment_DD is None else moment_DD.to(**zeros)
+        gate_up_MFD = torch.stack([expert.gate_up() for expert in experts_M])
+        base, b, a = factor_matrices(gate_up_MFD, weight_M, options, moment)
+        state[f"bases.{group}.gate_up_proj.weight"] = base
+        state["delta.gate_up_b"][members], state["delta.gate_up_a"][members] = b, a
+        down_MDF = torch.stack([expert.down_DF for expert in experts_M])
+        base, b, a = factor_matrices(down_MDF, weight_M, options)
+        state[f"bases.{group}.down_proj.weight"] = base
+        state["delta.down_b"][members], state["delta.down_a"][members] = b, a
+    state["group_of_expert"] = group_of_expert.to(gate_up_EFD.device, torch.int64)
+    if not rank:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("delta.")}
+    return state
+
+
+def _expert(gate_up_FD: Tensor, down_DF: Tensor) -> ExpertWeights:
+    gate_FD, up_FD = gate_up_FD.float().chunk(2)
+    return ExpertWeights(gate_FD, up_FD, down_DF.float())

@@ -1,0 +1,44 @@
+"""From an affinity between experts to groups of experts.
+
+Every function takes an affinity (E, E), symmetric, higher meaning more alike, and returns
+``group_of_expert`` (E,) int64 with every number below ``groups`` used at least once. Groups may be
+of unequal size. Group 0 is the one that holds the lowest-numbered expert, and so on, so that the
+same partition always has the same numbers.
+"""
+
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+
+def canonical(group_of_expert: Tensor) -> Tensor:
+    """Renumber groups in the order in which experts first meet them."""
+    numbers: dict[int, int] = {}
+    renumbered = [numbers.setdefault(int(group), len(numbers)) for group in group_of_expert]
+    return torch.tensor(renumbered, dtype=torch.int64)
+
+
+def agglomerate(affinity_EE: Tensor, groups: int, *, method: str = "average") -> Tensor:
+    """Merge the two most alike clusters until ``groups`` are left (scipy's linkage)."""
+    experts = affinity_EE.shape[0]
+    if groups == experts:
+        return torch.arange(experts)
+    affinity = affinity_EE.double().cpu().numpy()
+    distance = affinity.max() - (affinity + affinity.T) / 2
+    np.fill_diagonal(distance, 0.0)
+    tree = linkage(squareform(distance, checks=False), method=method)
+    return canonical(torch.as_tensor(cut_tree(tree, n_clusters=groups)[:, 0]))
+
+
+def join_centres(affinity_EE: Tensor, centres: Tensor) -> Tensor:
+    """Let every expert join the centre it is most alike to; ``centres`` (G,) expert numbers."""
+    group_of_expert = affinity_EE[:, centres].argmax(dim=1)
+    group_of_expert[centres] = torch.arange(len(centres), device=group_of_expert.device)
+    return canonical(group_of_expert)
+
+
+def strongest(mass_E: Tensor, groups: int) -> Tensor:
+    """Return the ``groups`` experts of greatest routed mass, ties to the lower number."""
+    return mass_E.sort(descending=True, stable=True).indices[:groups]
