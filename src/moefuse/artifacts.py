@@ -28,11 +28,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _umask() -> int:
+    """Return the user's umask, which can only be read by setting it."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Run ``write(temporary)`` and rename the finished, flushed file to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     write(temporary)
+    temporary.chmod(0o666 & ~_umask())
     _flush(temporary)
     temporary.replace(path)
     _flush(path.parent)

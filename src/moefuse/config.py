@@ -81,7 +81,9 @@ class FactorConfig:
 class DistillConfig:
     """How a layer is distilled."""
 
-    steps: int = setting(400, "Optimiser steps per layer; 0 leaves the student one-shot.", at_least=0)
+    steps: int = setting(
+        400, "Optimiser steps per layer; 0 leaves the student one-shot.", at_least=0
+    )
     batch_tokens: int = setting(1024, "Tokens in one distillation step.", at_least=1)
     learning_rate: float = setting(2e-3, "Peak learning rate of the bases.", at_least=0)
     delta_learning_rate: float = setting(2e-3, "Peak learning rate of the deltas.", at_least=0)

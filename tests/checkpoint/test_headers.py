@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -346,6 +347,24 @@ def test_headers_that_are_none(
         read_shard_header(path, path.name)
 
 
+def test_random_damage_is_told_or_harmless(tiny_checkpoint: Tiny) -> None:
+    shard = _shards(tiny_checkpoint())[0]
+    sound = shard.read_bytes()
+    length = 8 + int.from_bytes(sound[:8], "little")
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(sound)
+        for _ in range(chance.randint(1, 3)):
+            damaged[chance.randrange(length)] = chance.choice(b'0123456789"[]{},:-e \\u\x00\xff')
+        shard.write_bytes(damaged)
+        try:
+            read_shard_header(shard, shard.name)
+        except UserError:
+            refused += 1
+    assert refused > 200
+
+
 def test_hub_ids_offline_are_told() -> None:
     _raises("nobody/nothing", r"nobody/nothing .*\(LocalEntryNotFoundError\).*local directory")
 
@@ -388,9 +407,17 @@ def _as_the_hub_tells(local: headers.CheckpointHeaders) -> Any:
     )
 
 
+def _bare(kind: type[Exception]) -> Exception:
+    """An error of the hub without the response that its constructor wants."""
+    return kind.__new__(kind)
+
+
 @pytest.mark.parametrize(
     ("error", "match"),
     [
+        (_bare(errors.GatedRepoError), "accept its licence"),
+        (_bare(errors.RepositoryNotFoundError), "the spelling"),
+        (_bare(errors.RemoteEntryNotFoundError), "has no config.json, so it is not a model"),
         (errors.NotASafetensorsRepoError("x"), "never loads pickles: convert it first"),
         (errors.HFValidationError("x"), "HFValidationError"),
         (errors.HTTPError("x"), "HTTPError.*check the connection"),

@@ -61,7 +61,7 @@ def test_lite_has_the_published_facts(lite: Inspection) -> None:
     assert (lite.experts, lite.top_k, lite.shared_experts) == (64, 6, 2)
     assert (lite.hidden, lite.intermediate) == (2048, 1408)
     assert lite.context == 163840
-    assert lite.rope == "yarn, factor 40, from 4,096 tokens"
+    assert lite.rope == "yarn, factor 40, from 4096 tokens"
     assert lite.quantization is None
     assert lite.dtypes == {"BF16": lite.bytes}
 

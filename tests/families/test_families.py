@@ -166,6 +166,22 @@ def test_senseless_values_are_named(value: object) -> None:
         family_of(config).shape(config)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [
+        ("deepseek_v2", "first_k_dense_replace", "1"),
+        ("deepseek_v3", "n_shared_experts", -1),
+        ("qwen3_moe", "decoder_sparse_step", 1.5),
+        ("qwen2_moe", "mlp_only_layers", 3),
+    ],
+)
+def test_senseless_optional_values_are_named(model_type: str, key: str, value: object) -> None:
+    config = {**tiny_config(model_type).to_dict(), key: value}
+
+    with pytest.raises(UserError, match=f"under '{key}'; a (whole number|list) is needed"):
+        family_of(config).shape(config)
+
+
 def test_more_chosen_than_there_are() -> None:
     config = {**tiny_config().to_dict(), "num_experts_per_tok": 9}
 
@@ -215,5 +231,5 @@ def test_callers_cannot_change_the_list() -> None:
 
 
 def test_every_family_can_be_made_tiny(tiny_checkpoint: Callable[..., Path]) -> None:
-    assert FAMILIES == sorted(SPARSE)
+    assert sorted(SPARSE) == FAMILIES
     assert (tiny_checkpoint("olmoe") / "tokenizer.json").is_file()

@@ -4,8 +4,8 @@ Shape suffixes: T tokens of a batch, K experts chosen per token, N = T * K rows 
 E experts, D hidden width, F expert intermediate width, S sampled tokens.
 """
 
-from dataclasses import dataclass, field
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor

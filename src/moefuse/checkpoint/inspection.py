@@ -22,6 +22,7 @@ from rich.table import Table
 from moefuse.checkpoint.headers import CheckpointHeaders, TensorInfo, read_headers
 from moefuse.checkpoint.reader import check_experts, quantization_method
 from moefuse.families import Family, MoeShape, family_of
+from moefuse.families.base import optional
 
 GROUPS = (32, 16, 8, 4, 2, 1)
 RANKS = (0, 8, 32, 128)
@@ -125,7 +126,7 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> In
         bytes=sum(part.bytes for part in loaded),
         dtypes=_bytes_by_dtype(headers),
         quantization=quantization_method(config),
-        context=config.get("max_position_embeddings"),
+        context=optional(config, "max_position_embeddings", 0) or None,
         rope=_rope(config),
         costs=fusion_costs(total - routed, shape),
     )
@@ -207,15 +208,17 @@ def _bytes_by_dtype(headers: CheckpointHeaders) -> dict[str, int]:
 
 def _rope(config: Mapping[str, Any]) -> str | None:
     """Describe the scaling of positions; Transformers 5 keeps it under ``rope_parameters``."""
-    settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    settings = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(settings, Mapping):
+        return None
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
         return None
     told = [str(kind)]
     if "factor" in settings:
-        told.append(f"factor {settings['factor']:g}")
+        told.append(f"factor {settings['factor']}")
     if "original_max_position_embeddings" in settings:
-        told.append(f"from {settings['original_max_position_embeddings']:,} tokens")
+        told.append(f"from {settings['original_max_position_embeddings']} tokens")
     return ", ".join(told)
 
 

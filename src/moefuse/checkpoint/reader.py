@@ -3,7 +3,7 @@
 A shard is mapped only while tensors are copied out of it and is mapped afresh for every
 :data:`MAPPED_BYTES`, because pages that were once read stay resident as long as the mapping does;
 so reading a whole model never holds more than what the caller keeps plus that much. The cost
-against one long-lived mapping is parsing the shard's header again, under a millisecond each time.
+against one long-lived mapping is parsing the shard's header again, a millisecond or two each time.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ from moefuse.console import track
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families, family_of
 
-MAPPED_BYTES = 256_000_000
+MAPPED_BYTES = 64_000_000
 CHECKED_AT_ONCE = 1 << 24
 SAMPLED_BYTES = 4096
 PLAIN_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
@@ -306,7 +306,7 @@ def _download(source: str, revision: str | None, trust_remote_code: bool) -> Pat
     # The commit that the first call found, so that both see one version of a moving branch.
     commit = directory.name if directory.parent.name == "snapshots" else revision
     try:
-        return Path(
+        directory = Path(
             snapshot_download(
                 source,
                 revision=commit,
@@ -316,6 +316,12 @@ def _download(source: str, revision: str | None, trust_remote_code: bool) -> Pat
         )
     except HUB_ERRORS as error:
         raise hub_error(source, error) from error
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"{source} has no safetensors weights on the hub, and moefuse never loads pickles; "
+            "convert it to safetensors first."
+        )
+    return directory
 
 
 def _sample(shard: Path) -> list[int | str]:

@@ -6,32 +6,15 @@ experts module; rivals are distilled by this same loop.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moefuse.checkpoint.streaming import ExpertsCall
+from moefuse.config import DistillConfig
 from moefuse.distillation.losses import relative_error
-
-
-@dataclass(frozen=True)
-class DistillOptions:
-    """How a layer is distilled.
-
-    ``steps`` of AdamW over batches of ``batch_tokens`` tokens; ``learning_rate`` is the peak for
-    matrices of typical size 1/sqrt(width), reached after ``warmup`` (share of the steps) and
-    annealed by a cosine to zero; ``held_back`` is the share of tokens that only measure.
-    """
-
-    steps: int = 400
-    batch_tokens: int = 1024
-    learning_rate: float = 2e-3
-    delta_learning_rate: float = 2e-3
-    warmup: float = 0.05
-    held_back: float = 0.05
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,15 +58,17 @@ def measure(student: nn.Module, call: ExpertsCall, power: float, batch_tokens: i
 def distill_layer(
     student: nn.Module,
     call: ExpertsCall,
-    options: DistillOptions,
-    progress: Callable[[int, float], None] | None = None,
+    options: DistillConfig,
+    *,
+    seed: int = 0,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> DistillResult:
     """Train ``student`` in place on the recorded ``call``; deterministic for one seed.
 
-    ``progress(step, loss)`` is called after every step. The weights that served best on the
-    held-back tokens stay, so that distilling never makes a student worse.
+    ``progress`` wraps the steps to show how far they are. The student goes back to where it began
+    should the held-back tokens show that it became worse.
     """
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(call.x_TD), generator=generator)
     held = max(1, round(len(order) * options.held_back))
     aside, training = rows_of(call, order[:held]), order[held:]
@@ -91,12 +76,14 @@ def distill_layer(
     before = measure(student, aside, power, options.batch_tokens)
     start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
-    optimizer = torch.optim.AdamW(_parameter_groups(student, options), betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(student, options), betas=(0.9, 0.95), fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, options.steps, options.warmup)
     )
     losses: list[float] = []
-    for step in range(options.steps):
+    for _ in progress(range(options.steps)):
         rows = training[torch.randint(len(training), (options.batch_tokens,), generator=generator)]
         part = rows_of(call, rows)
         loss = relative_error(student_output(student, part), part.y_TD, power)
@@ -105,8 +92,6 @@ def distill_layer(
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))
-        if progress is not None:
-            progress(step, losses[-1])
     after = measure(student, aside, power, options.batch_tokens)
     if not after < before:
         student.load_state_dict(start)
@@ -114,10 +99,8 @@ def distill_layer(
     return DistillResult(before, after, losses)
 
 
-def _parameter_groups(student: nn.Module, options: DistillOptions) -> list[dict]:
+def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
     deltas = [p for n, p in student.named_parameters() if "delta." in n]
     others = [p for n, p in student.named_parameters() if "delta." not in n]
     rates = ((others, options.learning_rate), (deltas, options.delta_learning_rate))
-    return [
-        {"params": params, "lr": rate, "weight_decay": 0.0} for params, rate in rates if params
-    ]
+    return [{"params": params, "lr": rate, "weight_decay": 0.0} for params, rate in rates if params]

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moefuse.errors import UserError
-from moefuse.evaluation.loading import load_model
+from moefuse.evaluation.loading import load_model, pad_id
 
 Message = dict[str, str]
 Write = Callable[[str], object]
@@ -173,7 +173,8 @@ def _generate(
         raise UserError("The prompt is empty; give at least one character.")
     ids_BS = torch.tensor([ids], device=model.device)
     ends = [*_end_ids(model, tokenizer), *stops]
-    with torch.random.fork_rng(), torch.no_grad():
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(decoding.seed)
         output_BS = cast(Any, model).generate(
             ids_BS,
@@ -181,7 +182,7 @@ def _generate(
             streamer=_Streamer(tokenizer, write),
             max_new_tokens=decoding.max_new_tokens,
             eos_token_id=ends or None,
-            pad_token_id=next(iter([*_pad_ids(tokenizer), *ends]), 0),
+            pad_token_id=pad_id(tokenizer),
             **_sampling(decoding),
         )
     return cast(str, tokenizer.decode(output_BS[0, len(ids) :], skip_special_tokens=True))
@@ -191,10 +192,6 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     configured = getattr(model.generation_config, "eos_token_id", None)
     known = configured if isinstance(configured, list) else [configured]
     return sorted({end for end in [*known, tokenizer.eos_token_id] if isinstance(end, int)})
-
-
-def _pad_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [tokenizer.pad_token_id] if isinstance(tokenizer.pad_token_id, int) else []
 
 
 def _sampling(decoding: Decoding) -> dict[str, Any]:

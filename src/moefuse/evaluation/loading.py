@@ -1,7 +1,7 @@
 """From a path or a hub id to a model in memory, its tokenizer and its stored sizes."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -47,19 +47,19 @@ def load_model(
     _check(dtype, device)
     directory = _download(path)
     config = read_headers(directory).config
-    options = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    if not is_fused(config):
+        options["trust_remote_code"] = trust_remote_code
+    load: Any = load_fused if is_fused(config) else AutoModelForCausalLM.from_pretrained
     try:
-        if is_fused(config):
-            model = load_fused(directory, dtype=dtype or "auto")
-        else:
-            model = AutoModelForCausalLM.from_pretrained(directory, **options)
+        model, found = load(directory, **options)
+        model = model.eval().to(device)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(path, error) from error
-    return model.eval().to(cast(Any, device)), load_tokenizer(
-        path, trust_remote_code=trust_remote_code
-    )
+    _check_complete(path, sorted(found["missing_keys"]))
+    return model, load_tokenizer(path, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -75,6 +75,21 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
             f"{path} has no tokenizer that can be loaded ({_first_line(error)}); "
             "copy the teacher's tokenizer files into it."
         ) from error
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return what to pad with: the tokenizer's own padding, else its end, else token 0."""
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+    return next(number for number in known if isinstance(number, int))
+
+
+def _check_complete(path: str | Path, missing: list[str]) -> None:
+    """Refuse weights that Transformers would have filled with random numbers."""
+    if missing:
+        raise UserError(
+            f"{path} lacks {len(missing)} of the weights that its config.json asks for, "
+            f"{missing[0]} among them; download or make it again."
+        )
 
 
 def _check(dtype: str | None, device: str) -> None:

@@ -20,6 +20,8 @@ MARKERS = ("o", "s", "D", "h", "p", "8", "H")
 """All of them roomy enough for two digits."""
 DASHES = {"one-shot": (0, (4, 2.5)), "distilled": "-", "healed": (0, (6, 1.5, 1, 1.5))}
 INK, FAINT = "#222222", "#8a8a8a"
+LEAST_SPAN = 2.5
+"""How many times its left end the right end of the size axis is at least: room for two ticks."""
 LOG_FROM = 6.0
 """How many times the largest KL must exceed the smallest for a log axis to read better."""
 
@@ -73,7 +75,7 @@ def _points(rows: Sequence[Row]) -> list[tuple[float, list[float], int | None]]:
         same = [row for row in rows if setting(row) == item]
         size = mean_of(same, "expert_bytes") or 0.0
         points.append((size, [row.kl for row in same if row.kl is not None], item.groups))
-    return sorted(points)
+    return sorted(points, key=lambda point: point[0])
 
 
 def _line(axes: Axes, rows: Sequence[Row], number: int, whole: float, *, is_last: bool) -> None:
@@ -145,10 +147,12 @@ def _headline(teacher: Row | None) -> str:
 
 
 def _size_axis(axes: Axes, sizes: Sequence[float], whole: float | None) -> None:
-    axes.set_xscale("log")
-    axes.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
+    low, high = min(sizes), max(sizes)
+    margin = max(1.15, (LEAST_SPAN * low / high) ** 0.5)
+    ticks = _round_ticks(low / margin, high * margin)
     write = human_bytes if whole is None else lambda size: f"{100 * size:.3g} %"
-    ticks = _round_ticks(min(sizes) / 1.15, max(sizes) * 1.15)
+    axes.set_xscale("log")
+    axes.set_xlim(low / margin, high * margin)
     axes.set_xticks(ticks, [write(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     label = "Bytes of the routed experts"
@@ -156,9 +160,9 @@ def _size_axis(axes: Axes, sizes: Sequence[float], whole: float | None) -> None:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Return the few round numbers (1, 2, 3, 5, 7 times a power of ten) between two sizes."""
-    powers = range(-6, 16)
-    ticks = [digit * 10.0**power for power in powers for digit in (1, 1.5, 2, 3, 5, 7)]
+    """Return the round numbers between two sizes, fewer of each power of ten on a long axis."""
+    digits = (1, 1.5, 2, 3, 5, 7) if high < 50 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    ticks = [digit * 10.0**power for power in range(-9, 16) for digit in digits]
     return [tick for tick in ticks if low <= tick <= high]
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from moefuse.artifacts import read_json, write_json, write_text
@@ -127,6 +128,10 @@ class _Setting:
     rank: int | None
     bits: float | None
 
+    def order(self) -> tuple[float, ...]:
+        """Return a sort key; what is not known comes first."""
+        return tuple(-1 if x is None else x for x in (self.groups, self.rank, self.bits))
+
     def label(self, names: Sequence[str]) -> str:
         words = {"groups": "G = {}", "rank": "R = {}", "bits": "{:g}-bit"}
         values = {name: getattr(self, name) for name in names}
@@ -211,7 +216,7 @@ def _best(rows: Sequence[Row]) -> float | None:
 
 
 def _cell(rows: Sequence[Row], best: float | None, shown: set[str]) -> str:
-    settings = sorted({setting(row) for row in rows}, key=lambda s: str(s.label(SETTINGS)))
+    settings = sorted({setting(row) for row in rows}, key=_Setting.order)
     varying = [
         name
         for name in SETTINGS
@@ -313,7 +318,7 @@ def rich_table(rows: Sequence[Row]) -> Table:
     titles, lines = _listing(rows)
     table = Table(show_header=False, title_justify="left")
     for cells in zip(titles, *lines, strict=True):
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     return table
 
 

@@ -31,6 +31,7 @@ from moefuse.evaluation.loading import (
     expert_bytes,
     load_model,
     load_tokenizer,
+    pad_id,
     read_sizes,
 )
 from moefuse.evaluation.metrics import (
@@ -265,7 +266,7 @@ def evaluate_command(
         teacher=models.get("teacher"),
         documents=documents,
         batch_size=batch_size,
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=pad_id(tokenizer),
         device=device,
     )
     meta = machine_meta(

@@ -67,6 +67,19 @@ def require(config: Config, *keys: str) -> int:
     return value
 
 
+def optional(config: Config, key: str, default: int) -> int:
+    """Return the whole number under ``key``, or ``default`` where there is none or null.
+
+    Raises ``UserError`` when the value is anything else or negative.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"config.json has {value!r} under {key!r}; a whole number is needed.")
+    return value
+
+
 def every_layer(config: Config, layer: int) -> bool:  # noqa: ARG001
     """Tell that every decoder layer has routed experts."""
     return True
@@ -76,21 +89,28 @@ def after_leading_dense(default: int) -> Callable[[Config, int], bool]:
     """Return the rule of models whose first ``first_k_dense_replace`` layers are dense."""
 
     def rule(config: Config, layer: int) -> bool:
-        leading = config.get("first_k_dense_replace")
-        return layer >= (default if leading is None else leading)
+        return layer >= optional(config, "first_k_dense_replace", default)
 
     return rule
 
 
 def at_sparse_steps(config: Config, layer: int) -> bool:
     """Tell whether ``layer`` is sparse by ``decoder_sparse_step`` and ``mlp_only_layers``."""
-    step = config.get("decoder_sparse_step") or 1
-    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise UserError(f"config.json has {dense!r} under 'mlp_only_layers'; a list is needed.")
+    step = optional(config, "decoder_sparse_step", 1) or 1
+    return layer not in dense and (layer + 1) % step == 0
 
 
 def no_shared_experts(config: Config) -> int:  # noqa: ARG001
     """Tell that no expert is shared."""
     return 0
+
+
+def counted_shared_experts(config: Config) -> int:
+    """Return the number under ``n_shared_experts``."""
+    return optional(config, "n_shared_experts", 0)
 
 
 @dataclass(frozen=True, kw_only=True)

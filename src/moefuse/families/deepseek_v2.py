@@ -1,6 +1,6 @@
 """DeepSeek-V2, V2-Lite and DeepSeek-Coder-V2."""
 
-from moefuse.families.base import Family, after_leading_dense
+from moefuse.families.base import Family, after_leading_dense, counted_shared_experts
 
 FAMILY = Family(
     model_type="deepseek_v2",
@@ -10,5 +10,5 @@ FAMILY = Family(
     experts_count_key="n_routed_experts",
     experts_count_aliases=("num_experts",),
     has_experts=after_leading_dense(default=0),
-    shared_experts=lambda config: config.get("n_shared_experts") or 0,
+    shared_experts=counted_shared_experts,
 )

@@ -4,7 +4,7 @@ Published checkpoints end with one more layer than ``num_hidden_layers``: the mu
 module, which Transformers does not load and moefuse does not fuse.
 """
 
-from moefuse.families.base import Family, after_leading_dense
+from moefuse.families.base import Family, after_leading_dense, counted_shared_experts
 
 FAMILY = Family(
     model_type="deepseek_v3",
@@ -14,5 +14,5 @@ FAMILY = Family(
     experts_count_key="n_routed_experts",
     experts_count_aliases=("num_local_experts",),
     has_experts=after_leading_dense(default=3),
-    shared_experts=lambda config: config.get("n_shared_experts") or 0,
+    shared_experts=counted_shared_experts,
 )

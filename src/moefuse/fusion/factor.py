@@ -13,30 +13,15 @@ Shape suffixes: E experts, M members of a group, O outputs, I inputs, D hidden w
 R rank.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from moefuse.alignment import ExpertWeights, align
+from moefuse.config import FactorConfig
 from moefuse.fusion.lowrank import damped, low_rank, symmetric_root
 
 MASS_FLOOR = 1e-3
 """Share of the mean mass that an expert counts for at least, so that none is forgotten."""
-
-
-@dataclass(frozen=True)
-class FactorOptions:
-    """How a layer is factored.
-
-    ``rank`` R of every delta; ``alternations`` of base and deltas; ``align`` neurons before
-    averaging; ``damping`` of the inputs' second moment, from 0 (whitened) to 1 (plain).
-    """
-
-    rank: int
-    alternations: int = 4
-    align: bool = True
-    damping: float = 1.0
 
 
 def align_group(members: list[ExpertWeights], weight_M: Tensor) -> list[ExpertWeights]:
@@ -58,7 +43,11 @@ def weighted_mean(members: list[ExpertWeights], weight_M: Tensor) -> ExpertWeigh
 
 
 def factor_matrices(
-    matrix_MOI: Tensor, weight_M: Tensor, options: FactorOptions, moment_II: Tensor | None = None
+    matrix_MOI: Tensor,
+    weight_M: Tensor,
+    rank: int,
+    options: FactorConfig,
+    moment_II: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split matrices into a common base and a low-rank delta each.
 
@@ -70,10 +59,10 @@ def factor_matrices(
         root_II, inverse_II = symmetric_root(damped(moment_II, options.damping))
         matrix_MOI = matrix_MOI @ root_II
     base_OI = torch.tensordot(weight_M, matrix_MOI, dims=1)
-    b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, options.rank)
-    for _ in range(options.alternations if options.rank and len(matrix_MOI) > 1 else 0):
+    b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, rank)
+    for _ in range(options.alternations if rank and len(matrix_MOI) > 1 else 0):
         base_OI = torch.tensordot(weight_M, matrix_MOI - b_MOR @ a_MRI, dims=1)
-        b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, options.rank)
+        b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, rank)
     if inverse_II is not None:
         base_OI, a_MRI = base_OI @ inverse_II, a_MRI @ inverse_II
     return base_OI, b_MOR, a_MRI
@@ -84,23 +73,29 @@ def factor_layer(
     down_EDF: Tensor,
     group_of_expert: Tensor,
     mass_E: Tensor,
-    options: FactorOptions,
+    rank: int,
+    options: FactorConfig,
     moment_DD: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the state of a ``FusedExperts`` module, fp32, for one layer.
 
     ``gate_up_EFD`` is (E, 2F, D), gate first; ``down_EDF`` (E, D, F); ``group_of_expert`` (E,)
-    integers; ``mass_E`` (E,) routed mass; ``moment_DD`` (D, D) second moment of the layer's input.
+    integers; ``mass_E`` (E,) routed mass; ``rank`` R of every delta; ``moment_DD``
+    (D, D) second moment of the layer's input.
     """
     experts, double_intermediate, hidden = gate_up_EFD.shape
     zeros = {"dtype": torch.float32, "device": gate_up_EFD.device}
-    rank = options.rank
+    down_rank = min(rank, hidden, double_intermediate // 2)
     state = {
         "delta.gate_up_a": torch.zeros(experts, rank, hidden, **zeros),
         "delta.gate_up_b": torch.zeros(experts, double_intermediate, rank, **zeros),
-        "delta.down_a": torch.zeros(experts, rank, double_intermediate // 2, **zeros),
-        "delta.down_b": torch.zeros(experts, hidden, rank, **zeros),
+        "delta.down_a": torch.zeros(experts, down_rank, double_intermediate // 2, **zeros),
+        "delta.down_b": torch.zeros(experts, hidden, down_rank, **zeros),
     }
+    if options.scale:
+        state["scale"] = torch.ones(experts, double_intermediate, **zeros)
+    if options.bias:
+        state["bias"] = torch.zeros(experts, double_intermediate, **zeros)
     floor = MASS_FLOOR * float(mass_E.mean()) or 1.0
     for group in range(int(group_of_expert.max()) + 1):
         members = (group_of_expert == group).nonzero().flatten()
@@ -111,11 +106,11 @@ def factor_layer(
             experts_M = align_group(experts_M, weight_M)
         moment = None if moment_DD is None else moment_DD.to(**zeros)
         gate_up_MFD = torch.stack([expert.gate_up() for expert in experts_M])
-        base, b, a = factor_matrices(gate_up_MFD, weight_M, options, moment)
+        base, b, a = factor_matrices(gate_up_MFD, weight_M, rank, options, moment)
         state[f"bases.{group}.gate_up_proj.weight"] = base
         state["delta.gate_up_b"][members], state["delta.gate_up_a"][members] = b, a
         down_MDF = torch.stack([expert.down_DF for expert in experts_M])
-        base, b, a = factor_matrices(down_MDF, weight_M, options)
+        base, b, a = factor_matrices(down_MDF, weight_M, down_rank, options)
         state[f"bases.{group}.down_proj.weight"] = base
         state["delta.down_b"][members], state["delta.down_a"][members] = b, a
     state["group_of_expert"] = group_of_expert.to(gate_up_EFD.device, torch.int64)

@@ -57,15 +57,16 @@ class LowRankDelta(nn.Module):
     """Deltas ``B_e A_e``: gate and up share one A; down has a pair of its own.
 
     Parameters: ``gate_up_a`` (E, R, D), ``gate_up_b`` (E, 2F, R), ``down_a`` (E, R, F),
-    ``down_b`` (E, D, R).
+    ``down_b`` (E, D, R); the down pair's R is at most what its matrix can have, min(D, F).
     """
 
     def __init__(self, experts: int, hidden: int, intermediate: int, rank: int) -> None:
         super().__init__()
         self.gate_up_a = nn.Parameter(torch.empty(experts, rank, hidden))
         self.gate_up_b = nn.Parameter(torch.empty(experts, 2 * intermediate, rank))
-        self.down_a = nn.Parameter(torch.empty(experts, rank, intermediate))
-        self.down_b = nn.Parameter(torch.empty(experts, hidden, rank))
+        down_rank = min(rank, hidden, intermediate)
+        self.down_a = nn.Parameter(torch.empty(experts, down_rank, intermediate))
+        self.down_b = nn.Parameter(torch.empty(experts, hidden, down_rank))
 
     def reset_parameters(self) -> None:
         """Start as LoRA does: A small and random, B zero, so that the delta is nothing."""

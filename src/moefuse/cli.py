@@ -1,0 +1,215 @@
+"""The command line: one command a stage, each importing what it needs when it runs.
+
+Flags are derived from the settings' dataclasses (see ``config``), so that a YAML file and the flags
+can never disagree. A mistake of the user's ends in one sentence and exit status 2.
+"""
+
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moefuse.config import (
+    AssembleConfig,
+    CalibrateConfig,
+    ComputeConfig,
+    DistillConfig,
+    FactorConfig,
+    GroupConfig,
+    SizeConfig,
+    fields_of,
+    read_yaml,
+)
+from moefuse.console import errors
+from moefuse.errors import UserError
+
+app = typer.Typer(
+    name="moefuse",
+    help="Shrink Mixture-of-Experts language models by fusing their experts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+UP_TO_CALIBRATE = (ComputeConfig, CalibrateConfig)
+UP_TO_GROUP = (*UP_TO_CALIBRATE, SizeConfig, GroupConfig)
+UP_TO_FACTOR = (*UP_TO_GROUP, FactorConfig)
+UP_TO_DISTILL = (*UP_TO_FACTOR, DistillConfig)
+ALL_STAGES = (*UP_TO_DISTILL, AssembleConfig)
+
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")]
+Work = Annotated[Path, typer.Argument(help="Directory for the artifacts of the stages.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub checkpoint.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own Python code.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+
+def with_settings(*stages: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of ``stages`` and ``--config``; it receives them as ``values``."""
+    declared = fields_of(stages)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*args: Any, config: Path | None = None, **given: Any) -> None:
+            flags = {name: given.pop(name) for name in declared}
+            values = read_yaml(config, stages) if config else {}
+            values |= {name: value for name, value in flags.items() if value is not None}
+            command(*args, values=values, **given)
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [parameter for parameter in own if parameter.name != "values"]
+        added = [
+            _parameter(name, field.type, field.metadata["help"], field.default)
+            for name, field in declared.items()
+        ]
+        added.append(_parameter("config", Path, "Settings from a YAML file; flags win.", None))
+        run.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, kind: Any, help_text: str, default: Any) -> inspect.Parameter:
+    shown = help_text if default is None else f"{help_text} [default: {default}]"
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, typer.Option(help=shown, show_default=False)],
+    )
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _show(renderable: Any) -> None:
+    Console().print(renderable)
+
+
+@app.command("inspect")
+def inspect_command(checkpoint: Checkpoint, revision: Revision = None, json_: Json = False) -> None:
+    """Show what a checkpoint is made of, and what each size of student would cost."""
+    from moefuse.checkpoint.inspection import inspect_checkpoint, render_inspection
+
+    inspection = inspect_checkpoint(checkpoint, revision=revision)
+    _print_json(inspection.to_json()) if json_ else _show(render_inspection(inspection))
+
+
+@app.command()
+@with_settings(*UP_TO_DISTILL)
+def plan(
+    checkpoint: Checkpoint,
+    values: dict[str, Any],
+    revision: Revision = None,
+    json_: Json = False,
+) -> None:
+    """Choose groups and rank for a size, and estimate time, disk and memory."""
+    from moefuse.planning import plan_checkpoint, render_plan
+
+    planned = plan_checkpoint(checkpoint, values, revision=revision)
+    _print_json(planned.to_json()) if json_ else _show(render_plan(planned))
+
+
+@app.command()
+@with_settings(*ALL_STAGES)
+def fuse(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Directory of the fused checkpoint.")],
+    values: dict[str, Any],
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Directory for artifacts, kept for other sizes. [default: OUT.work]"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from what an interrupted run of the same job left.")
+    ] = True,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Do the whole job: calibrate, group, factor, distil and write the student."""
+    from moefuse.pipeline import fuse as run
+    from moefuse.planning import render_result
+
+    result = run(
+        checkpoint,
+        out,
+        values,
+        work=work,
+        resume=resume,
+        overwrite=overwrite,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_json(result.to_json()) if json_ else _show(render_result(result))
+
+
+def _stage_command(name: str, stages: tuple[type, ...], help_text: str) -> None:
+    """Add a command that runs one stage alone."""
+
+    @with_settings(*stages)
+    def command(
+        checkpoint: Checkpoint,
+        work: Work,
+        values: dict[str, Any],
+        revision: Revision = None,
+        trust_remote_code: RemoteCode = False,
+    ) -> None:
+        from moefuse.pipeline import Job
+
+        job = Job(checkpoint, work, values, revision=revision, trust_remote_code=trust_remote_code)
+        getattr(job, name)()
+
+    app.command(name, help=help_text)(command)
+
+
+_stage_command("calibrate", UP_TO_CALIBRATE, "Keep what every MoE layer receives and returns.")
+_stage_command("group", UP_TO_GROUP, "Choose which experts share a base.")
+_stage_command("factor", UP_TO_FACTOR, "Split experts into bases and deltas in closed form.")
+_stage_command("distill", UP_TO_DISTILL, "Train every layer's student against the teacher's.")
+
+
+@app.command("assemble")
+@with_settings(*ALL_STAGES)
+def assemble_command(
+    checkpoint: Checkpoint,
+    work: Work,
+    out: Annotated[Path, typer.Argument(help="Directory of the fused checkpoint.")],
+    values: dict[str, Any],
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Write the student's checkpoint from the artifacts of the stages before."""
+    from moefuse.pipeline import Job, check_output
+
+    check_output(out, overwrite=overwrite)
+    job = Job(checkpoint, work, values, revision=revision, trust_remote_code=trust_remote_code)
+    job.assemble(out)
+
+
+def main() -> None:
+    """Run the command line; exit status 2 for a mistake of the user's."""
+    # Readers of a checkpoint's progress have our own bars; the libraries' would interleave.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"moefuse: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("moefuse: interrupted; the same command goes on from here.", markup=False)
+        sys.exit(130)

@@ -1,0 +1,42 @@
+"""Where to compute and in which dtype."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moefuse.checkpoint.headers import TensorInfo
+from moefuse.errors import UserError
+from moefuse.families import Family
+
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+WORKING = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> str:
+    """Turn ``auto`` into ``cuda`` where there is one, else ``cpu``; raises ``UserError``."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}") from error
+    return name
+
+
+def choose_dtype(name: str, stored: torch.dtype, device: str) -> torch.dtype:
+    """Turn ``auto`` into the checkpoint's dtype, or fp32 on a CPU; raises ``UserError``."""
+    if name == "auto":
+        return stored if device.startswith("cuda") else torch.float32
+    if name not in WORKING:
+        raise UserError(f"--dtype is {name!r}; choose auto, {', '.join(WORKING)}.")
+    return WORKING[name]
+
+
+def stored_dtype(
+    tensors: Mapping[str, TensorInfo], family: Family, config: Mapping[str, Any]
+) -> torch.dtype:
+    """Return the dtype in which a checkpoint stores its routed experts (bf16 if quantised)."""
+    first = family.expert_names(family.shape(config).layers[0], 0).gate
+    return STORED.get(tensors[first].dtype, torch.bfloat16)

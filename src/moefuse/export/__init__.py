@@ -1,0 +1,1 @@
+"""Checkpoints that people's usual tools run."""

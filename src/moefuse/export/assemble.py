@@ -1,0 +1,110 @@
+"""Assemble: a directory that any Hugging Face user recognises, holding the fused student.
+
+The teacher's own fields, tokenizer, chat template and generation settings; sharded safetensors with
+an index; the modelling file that ``auto_map`` names; a model card. The directory appears whole, by
+a rename.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefuse import artifacts
+from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.checkpoint.writer import ShardedWriter
+from moefuse.console import track
+from moefuse.families import Family
+from moefuse.modeling import TRAVELLING_FILE
+from moefuse.modeling.modeling_moefuse import CLASS_PREFIX, MODEL_TYPE_PREFIX
+from moefuse.sizes import LayerPlan
+
+FORMAT_VERSION = 1
+
+LayerState = Callable[[int], dict[str, Tensor]]
+
+
+def student_config(
+    config: dict[str, Any],
+    family: Family,
+    layers: dict[int, LayerPlan],
+    dtype: torch.dtype,
+    job: str,
+) -> dict[str, Any]:
+    """Return the student's ``config.json``: the teacher's fields and the moefuse block."""
+    module = TRAVELLING_FILE.stem
+    classes = {
+        "AutoConfig": family.config_class,
+        "AutoModel": family.base_model,
+        "AutoModelForCausalLM": family.causal_lm,
+    }
+    dropped = {"quantization_config", "torch_dtype", "dtype", "transformers_version"}
+    return {
+        **{key: value for key, value in config.items() if key not in dropped},
+        "architectures": [CLASS_PREFIX + family.causal_lm],
+        "model_type": MODEL_TYPE_PREFIX + family.model_type,
+        "auto_map": {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()},
+        "dtype": str(dtype).removeprefix("torch."),
+        "moefuse": {
+            "format": FORMAT_VERSION,
+            "teacher_model_type": family.model_type,
+            "job": job,
+            "layers": {str(layer): asdict(plan) for layer, plan in layers.items()},
+        },
+    }
+
+
+def student_tensors(
+    reader: CheckpointReader, layers: dict[int, LayerPlan], state: LayerState, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the student by name, one layer of the teacher in memory at a time.
+
+    ``state(layer)`` returns the fused module's state. Floats outside the experts keep the dtype
+    that the teacher stores them in; those of the fused experts are cast to ``dtype``.
+    """
+    for name in reader.outside_names():
+        yield reader.family.module_name(name), reader.read(name)
+    family = reader.family
+    for layer in track(range(family.layer_count(reader.config)), "Assemble"):
+        prefix = family.layer_prefix(layer)
+        for name, tensor in reader.read_layer(layer, experts=False).items():
+            yield prefix + name, tensor
+        if layer in layers:
+            experts = f"{family.moe_path(layer)}.{family.experts_name}."
+            for name, tensor in state(layer).items():
+                cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                yield experts + name, cast
+
+
+def assemble(
+    reader: CheckpointReader,
+    layers: dict[int, LayerPlan],
+    state: LayerState,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    job: str,
+    card: str,
+) -> None:
+    """Write the student to ``out``, which appears whole or not at all.
+
+    ``job`` is the fingerprint of what made the layers, ``card`` the text of the model card.
+    """
+    partial = artifacts.partial_directory(out)
+    with ShardedWriter(partial, max_shard_bytes) as writer:
+        for name, tensor in student_tensors(reader, layers, state, dtype):
+            writer.add(name, tensor)
+    for path in reader.auxiliary_files():
+        target = partial / path.relative_to(reader.directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    shutil.copyfile(TRAVELLING_FILE, partial / TRAVELLING_FILE.name)
+    config = student_config(reader.config, reader.family, layers, dtype, job)
+    artifacts.write_json(partial / "config.json", config)
+    artifacts.write_text(partial / "README.md", card)
+    artifacts.finish_directory(partial, out)

@@ -1,0 +1,1 @@
+"""Bases, deltas and the plan of their sizes."""

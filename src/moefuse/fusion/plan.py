@@ -1,0 +1,271 @@
+"""Plan: from a wish (a number of groups, of parameters, of bytes) to G and R of every layer.
+
+Sizes are counted on the modules themselves. Times are estimated from the operations that must be
+done and the matrix rate that the device shows in a fifth of a second.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from moefuse.checkpoint.headers import TensorInfo
+from moefuse.config import (
+    CalibrateConfig,
+    DistillConfig,
+    FactorConfig,
+    SizeConfig,
+    parse_bytes,
+    parse_count,
+)
+from moefuse.errors import UserError
+from moefuse.families import Family, MoeShape
+from moefuse.sizes import LayerPlan, active_parameters, layer_bytes, layer_parameters, maximum_rank
+
+BASE_SHARE = 0.5
+"""Share of the experts' budget that goes to bases when only a budget is given."""
+REACHED_SHARE = 0.2
+READ_BYTES_PER_SECOND = 1e9
+READ_BUFFER_BYTES = 256_000_000
+RUNTIME_BYTES = 600_000_000
+"""What Python, torch and transformers take before any weight is read."""
+
+Choice = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the planner has to know of a checkpoint; all counts are of the whole model.
+
+    ``outside`` counts parameters outside the routed experts, ``itemsize`` is the bytes of one
+    number on disk.
+    """
+
+    shape: MoeShape
+    outside: int
+    outside_bytes: int
+    largest_outside_layer: int
+    embedding: int
+    itemsize: int
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of all routed experts."""
+        shape = self.shape
+        return len(shape.layers) * shape.experts * 3 * shape.hidden * shape.intermediate
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole teacher."""
+        return self.outside + self.expert_parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the student will be: its layers and its true sizes, in numbers and in bytes."""
+
+    layers: dict[int, LayerPlan]
+    parameters: int
+    active_parameters: int
+    bytes: int
+    expert_parameters: int
+    expert_bytes: int
+    teacher_parameters: int
+    teacher_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What making the student takes: ``seconds``, ``disk_bytes`` in all, peak ``memory_bytes``."""
+
+    seconds: float
+    disk_bytes: int
+    memory_bytes: int
+
+
+def describe_teacher(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], family: Family
+) -> Teacher:
+    """Count a checkpoint's parts from its headers; layers that are not loaded do not count."""
+    shape = family.shape(config)
+    layers = family.layer_count(config)
+    routed = tuple(family.experts_prefix(layer) for layer in shape.layers)
+    outside: dict[int | None, list[TensorInfo]] = {}
+    for name, tensor in tensors.items():
+        layer = family.layer_of(name)
+        if (layer is None or layer < layers) and not name.startswith(routed):
+            outside.setdefault(layer, []).append(tensor)
+    counted = [tensor for part in outside.values() for tensor in part]
+    in_layers = [sum(t.numel for t in part) for layer, part in outside.items() if layer is not None]
+    sample = tensors[family.expert_names(shape.layers[0], 0).gate]
+    return Teacher(
+        shape=shape,
+        outside=sum(tensor.numel for tensor in counted),
+        outside_bytes=sum(tensor.nbytes for tensor in counted),
+        largest_outside_layer=max(in_layers),
+        embedding=max(tensor.numel for tensor in outside[None]),
+        itemsize=sample.nbytes // sample.numel,
+    )
+
+
+def make_plan(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Plan:
+    """Choose G and R for every layer; raises ``UserError`` for a wish that cannot be met."""
+    groups, rank = _choose(teacher, size, factor)
+    layer = LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
+    return _counted(teacher, layer)
+
+
+def _counted(teacher: Teacher, layer: LayerPlan) -> Plan:
+    shape, count = teacher.shape, len(teacher.shape.layers)
+    experts = count * layer_parameters(shape, layer)
+    expert_bytes = count * layer_bytes(shape, layer, teacher.itemsize)
+    return Plan(
+        layers=dict.fromkeys(shape.layers, layer),
+        parameters=teacher.outside + experts,
+        active_parameters=teacher.outside + count * active_parameters(shape, layer),
+        bytes=teacher.outside_bytes + expert_bytes,
+        expert_parameters=experts,
+        expert_bytes=expert_bytes,
+        teacher_parameters=teacher.parameters,
+        teacher_bytes=teacher.outside_bytes + teacher.expert_parameters * teacher.itemsize,
+    )
+
+
+def _choose(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Choice:
+    if size.groups is not None and size.groups > teacher.shape.experts:
+        raise UserError(
+            f"--groups is {size.groups}, but a layer has only {teacher.shape.experts} experts; "
+            "fused experts cannot be more than the experts they are made from."
+        )
+    if size.rank is not None and size.rank > maximum_rank(teacher.shape):
+        raise UserError(
+            f"--rank is {size.rank}, but no delta of this model can have a rank above "
+            f"{maximum_rank(teacher.shape)} (the lesser of the hidden width and twice the expert "
+            "width)."
+        )
+    limit = _limit(size)
+    if limit is None:
+        if size.groups is None:
+            raise UserError("Say how small the model should be: --groups, --params or --bytes.")
+        rank = default_rank(teacher.shape) if size.rank is None else size.rank
+        return size.groups, rank
+    return _fit(teacher, size, factor, limit)
+
+
+def default_rank(shape: MoeShape) -> int:
+    """Return the rank that is taken when only the groups are given."""
+    return max(1, min(shape.hidden, shape.intermediate) // 16)
+
+
+def _limit(size: SizeConfig) -> "_Budget | None":
+    if size.params is not None and size.bytes is not None:
+        raise UserError("--params and --bytes both set the budget; give one of them.")
+    if size.params is not None:
+        amount = parse_count(size.params, "--params")
+        return _Budget("--params", size.params, amount, lambda plan: plan.parameters)
+    if size.bytes is not None:
+        amount = parse_bytes(size.bytes, "--bytes")
+        return _Budget("--bytes", size.bytes, amount, lambda plan: plan.bytes)
+    return None
+
+
+@dataclass(frozen=True)
+class _Budget:
+    flag: str
+    wish: str
+    amount: int
+    measure: Callable[[Plan], int]
+
+
+def _fit(teacher: Teacher, size: SizeConfig, factor: FactorConfig, budget: _Budget) -> Choice:
+    """Fill the budget: first the groups, then the highest rank that still fits."""
+
+    def fits(groups: int, rank: int) -> bool:
+        layer = LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
+        return budget.measure(_counted(teacher, layer)) <= budget.amount
+
+    experts = teacher.shape.experts
+    least_rank = size.rank or 0
+    if not fits(size.groups or 1, least_rank):
+        smallest = _counted(teacher, LayerPlan(size.groups or 1, least_rank))
+        raise UserError(
+            f"{budget.flag} {budget.wish} is too small: with {size.groups or 1} group(s) at rank "
+            f"{least_rank} the model still has {smallest.parameters / 1e9:.3f} B parameters in "
+            f"{smallest.bytes / 1e9:.3f} GB, of which {teacher.outside / 1e9:.3f} B "
+            f"({teacher.outside_bytes / 1e9:.3f} GB) are outside the routed experts and cannot "
+            "shrink."
+        )
+    if size.rank is not None:
+        groups = size.groups or _largest(lambda g: fits(g, size.rank or 0), 1, experts)
+        return groups, size.rank
+    groups = size.groups or _balanced_groups(fits, teacher)
+    return groups, _largest(lambda rank: fits(groups, rank), 0, maximum_rank(teacher.shape))
+
+
+def _balanced_groups(fits: Callable[[int, int], bool], teacher: Teacher) -> int:
+    """Choose the groups when only a budget is given: bases take ``BASE_SHARE`` of the experts'."""
+    room = _largest(lambda groups: fits(groups, 0), 1, teacher.shape.experts)
+    return max(1, round(BASE_SHARE * room))
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest number from ``low`` (which fits) to ``high`` that fits, by bisection."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Measure the device's matrix rate in operations per second, in about a fifth of a second."""
+    size = 4096 if device.startswith("cuda") else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + 0.2
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def estimate(
+    teacher: Teacher,
+    plan: Plan,
+    calibrate: CalibrateConfig,
+    distill: DistillConfig,
+    *,
+    working_itemsize: int,
+    rate: float,
+) -> Estimate:
+    """Estimate time, disk and memory of making the student.
+
+    ``working_itemsize`` is the bytes of one number while computing, ``rate`` the device's matrix
+    rate in operations per second. Small matrices do not reach that rate: a fifth of it is assumed.
+    """
+    shape, tokens = teacher.shape, calibrate.tokens
+    layers = len(shape.layers)
+    per_layer = plan.expert_parameters / layers
+    used = (teacher.outside - teacher.embedding) + layers * shape.top_k * 3 * (
+        shape.hidden * shape.intermediate
+    )
+    student = plan.active_parameters - teacher.outside
+    seen = distill.steps * distill.batch_tokens
+    operations = 2 * used * tokens + 6 * student * seen
+    read = 2 * plan.teacher_bytes / READ_BYTES_PER_SECOND
+    call = tokens * (2 * shape.hidden * working_itemsize + shape.top_k * 8)
+    hidden = 2 * tokens * shape.hidden * working_itemsize
+    factors = 2 * plan.expert_parameters * 4
+    layer = shape.experts * 3 * shape.hidden * shape.intermediate + teacher.largest_outside_layer
+    streaming = (layer + teacher.embedding) * working_itemsize + READ_BUFFER_BYTES
+    distilling = call + int(per_layer) * 4 * 5
+    return Estimate(
+        seconds=operations / (rate * REACHED_SHARE) + read,
+        disk_bytes=plan.bytes + factors + layers * call + hidden,
+        memory_bytes=RUNTIME_BYTES + max(streaming, distilling),
+    )

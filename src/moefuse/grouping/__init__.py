@@ -1,0 +1,1 @@
+"""Which experts share a base."""

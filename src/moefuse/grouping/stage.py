@@ -1,0 +1,75 @@
+"""Group: which experts of a layer share a base.
+
+Each way of grouping is an affinity and a clustering (see ``similarity`` and ``cluster``):
+
+- ``output``: experts that return alike, by agglomerative clustering;
+- ``hierarchical``: the same on mean outputs alone, as HC-SMoE does;
+- ``coactivation``: experts chosen for the same tokens;
+- ``weight``: experts whose weights are alike once their neurons are matched;
+- ``dominant``: the experts of greatest mass are centres, the others join the most alike output.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moefuse.alignment import ExpertWeights
+from moefuse.calibration.statistics import Experts, LayerStatistics
+from moefuse.errors import UserError
+from moefuse.grouping import cluster, similarity
+
+Grouping = Callable[[LayerStatistics, Experts, int], Tensor]
+
+
+def _coactivation(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
+    affinity_EE = similarity.coactivation_affinity(statistics.coactivation_EE)
+    return cluster.agglomerate(affinity_EE, groups)
+
+
+def _output(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
+    affinity_EE = similarity.output_affinity(statistics.mean_output_ED)
+    return cluster.agglomerate(affinity_EE, groups)
+
+
+def _hierarchical(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
+    affinity_EE = similarity.mean_output_affinity(statistics.mean_output_ED)
+    return cluster.agglomerate(affinity_EE, groups)
+
+
+def _weight(_: LayerStatistics, experts: Experts, groups: int) -> Tensor:
+    affinity_EE = similarity.weight_affinity(_weights(experts))
+    return cluster.agglomerate(affinity_EE, groups)
+
+
+def _dominant(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
+    affinity_EE = similarity.output_affinity(statistics.mean_output_ED)
+    return cluster.join_centres(affinity_EE, cluster.strongest(statistics.mass_E, groups))
+
+
+def _weights(experts: Experts) -> list[ExpertWeights]:
+    pairs = zip(experts.gate_up_EFD.float(), experts.down_EDF.float(), strict=True)
+    return [ExpertWeights(*gate_up.chunk(2), down).balanced() for gate_up, down in pairs]
+
+
+GROUPINGS: dict[str, Grouping] = {
+    "coactivation": _coactivation,
+    "output": _output,
+    "weight": _weight,
+    "hierarchical": _hierarchical,
+    "dominant": _dominant,
+}
+
+
+def group_layer(
+    statistics: LayerStatistics, experts: Experts, groups: int, grouping: str
+) -> Tensor:
+    """Return ``group_of_expert`` (E,) int64, every number below ``groups`` used at least once.
+
+    Raises ``UserError`` for an unknown way of grouping.
+    """
+    if grouping not in GROUPINGS:
+        raise UserError(f"--grouping is {grouping!r}; choose from {', '.join(GROUPINGS)}.")
+    group_of_expert = GROUPINGS[grouping](statistics, experts, groups)
+    assert len(torch.unique(group_of_expert)) == groups
+    return group_of_expert

@@ -1,0 +1,447 @@
+"""The whole job: calibrate, group, factor, distil, assemble, each resumable and callable alone.
+
+Every stage keeps its artifacts in a directory of the work directory whose name ends in a
+fingerprint of everything that went into it: the checkpoint, the text, the settings of this stage
+and of those before it. The same command therefore finds its own artifacts again and goes on from
+the last finished layer, other settings never collide, and one calibration serves every size.
+"""
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moefuse import artifacts, corpus, demo
+from moefuse.calibration.collect import Batch, CalibrationStore, collect
+from moefuse.calibration.statistics import Experts
+from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.checkpoint.streaming import ExpertsCall, StreamedTeacher
+from moefuse.config import (
+    AssembleConfig,
+    CalibrateConfig,
+    ComputeConfig,
+    DistillConfig,
+    FactorConfig,
+    GroupConfig,
+    SizeConfig,
+    build,
+    parse_bytes,
+)
+from moefuse.console import say, track
+from moefuse.devices import choose_device, choose_dtype, stored_dtype
+from moefuse.distillation.loop import distill_layer
+from moefuse.errors import UserError
+from moefuse.export.assemble import assemble
+from moefuse.export.card import model_card
+from moefuse.fusion.factor import factor_layer
+from moefuse.fusion.plan import Estimate, Plan, describe_teacher, estimate, make_plan, matrix_rate
+from moefuse.grouping.stage import group_layer
+from moefuse.modeling import FusedExperts
+from moefuse.sizes import make_experts
+
+STAGES = (
+    ComputeConfig,
+    CalibrateConfig,
+    SizeConfig,
+    GroupConfig,
+    FactorConfig,
+    DistillConfig,
+    AssembleConfig,
+)
+CHECKED = "checked"
+SPARE_DISK_SHARE = 1.05
+
+
+class Job:
+    """One student of one teacher: its settings, its artifacts and the stages that make it.
+
+    ``values`` holds settings by name (see ``config``); what is missing or None takes its default.
+    Nothing expensive happens before a stage is called.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        work: str | Path,
+        values: Mapping[str, Any],
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.compute = build(ComputeConfig, values)
+        self.calibration = build(CalibrateConfig, values)
+        self.size = build(SizeConfig, values)
+        self.grouping = build(GroupConfig, values)
+        self.factoring = build(FactorConfig, values)
+        self.distillation = build(DistillConfig, values)
+        self.assembling = build(AssembleConfig, values)
+        self.work = Path(work)
+        self.reader = CheckpointReader.open(
+            checkpoint, revision=revision, trust_remote_code=trust_remote_code
+        )
+        self.device = choose_device(self.compute.device)
+        self.stored = stored_dtype(self.reader.tensors, self.reader.family, self.reader.config)
+        self.dtype = choose_dtype(self.compute.dtype, self.stored, self.device)
+
+    # What the stages share, made when first needed.
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.reader.directory)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """G and R of every layer, and the student's true sizes."""
+        return make_plan(self._teacher_sizes(), self.size, self.factoring)
+
+    def _teacher_sizes(self) -> Any:
+        return describe_teacher(self.reader.config, self.reader.tensors, self.reader.family)
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Calibration text as padded batches of token ids; raises ``UserError``."""
+        source = self.calibration.data or self._bundled_data()
+        sequences = corpus.tokenize(
+            corpus.load_documents(source),
+            self.tokenizer,
+            self.calibration.sequence_length,
+            limit_tokens=self.calibration.tokens,
+            require_full=True,
+        )
+        pad = self.tokenizer.pad_token_id
+        return list(corpus.batches(sequences, self.calibration.batch_size, pad or 0))
+
+    def _bundled_data(self) -> Path:
+        bundled = CheckpointReader.open(demo.teacher_path())
+        if bundled.fingerprint() == self.reader.fingerprint():
+            return demo.calibration_path()
+        raise UserError(
+            "Say with --data what text to calibrate on: a file, a folder, JSONL with text or "
+            "messages, or a hub data set. Text like what the model will be used for serves best, "
+            "such as --data bigcode/the-stack-smol:::content for code or --data "
+            "HuggingFaceTB/smoltalk:all:train:messages for chat."
+        )
+
+    @cached_property
+    def teacher(self) -> StreamedTeacher:
+        """The streamed teacher."""
+        return StreamedTeacher(self.reader, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """Time, disk and memory that the whole job will take."""
+        itemsize = torch.empty(0, dtype=self.dtype).element_size()
+        return estimate(
+            self._teacher_sizes(),
+            self.plan,
+            self.calibration,
+            self.distillation,
+            working_itemsize=itemsize,
+            rate=matrix_rate(self.device, self.dtype),
+        )
+
+    # Where artifacts lie.
+
+    def _directory(self, stage: str, *settings: Any) -> Path:
+        return self.work / f"{stage}-{artifacts.fingerprint(list(settings))}"
+
+    @cached_property
+    def store(self) -> CalibrationStore:
+        """Where calibration leaves its artifacts."""
+        tokens = [[ids.tolist(), mask.sum(1).tolist()] for ids, mask in self.batches]
+        place = [self.device.split(":")[0], str(self.dtype)]
+        return CalibrationStore(
+            self._directory("calibration", self.reader.fingerprint(), tokens, place)
+        )
+
+    @cached_property
+    def groups_directory(self) -> Path:
+        """Where grouping leaves its artifacts."""
+        groups = [layer.groups for layer in self.plan.layers.values()]
+        return self._directory("groups", self.store.directory.name, groups, asdict(self.grouping))
+
+    @cached_property
+    def factors_directory(self) -> Path:
+        """Where factoring leaves its artifacts."""
+        layers = [asdict(layer) for layer in self.plan.layers.values()]
+        return self._directory(
+            "factors", self.groups_directory.name, layers, asdict(self.factoring)
+        )
+
+    @cached_property
+    def distilled_directory(self) -> Path:
+        """Where distillation leaves its artifacts; the factors' own when there are no steps."""
+        if not self.distillation.steps:
+            return self.factors_directory
+        settings = [asdict(self.distillation), self.compute.seed]
+        return self._directory("distilled", self.factors_directory.name, settings)
+
+    # The stages.
+
+    def preflight(self) -> None:
+        """Check whatever can be checked before any work; raises ``UserError``."""
+        _ = self.plan, self.batches
+        free = shutil.disk_usage(_existing_parent(self.work)).free
+        needed = self.estimate.disk_bytes * SPARE_DISK_SHARE
+        if needed > free:
+            raise UserError(
+                f"Too little disk: the job needs about {needed / 1e9:.2f} GB at {self.work}, where "
+                f"{free / 1e9:.2f} GB are free; make room, choose another --work, or calibrate on "
+                "fewer --tokens."
+            )
+
+    def check_weights(self) -> None:
+        """Read every weight once and refuse NaN and infinity; done once per checkpoint."""
+        mark = self.work / f"{CHECKED}-{self.reader.fingerprint()}.json"
+        if not mark.exists():
+            self.reader.check_finite()
+            artifacts.write_json(mark, {"finite": True})
+
+    def calibrate(self) -> None:
+        """Stream the teacher over the text and keep what its MoE layers received and returned."""
+        self.check_weights()
+        collect(self.teacher, self.batches, self.store)
+
+    def group(self) -> None:
+        """Choose which experts of each layer share a base."""
+        for layer, path in self._todo(self.groups_directory, "json", "Group"):
+            groups = group_layer(
+                self._calibrated(layer),
+                self.experts(layer),
+                self.plan.layers[layer].groups,
+                self.grouping.grouping,
+            )
+            artifacts.write_json(path, groups.tolist())
+
+    def factor(self) -> None:
+        """Split each layer's experts into bases and deltas in closed form."""
+        for layer, path in self._todo(self.factors_directory, "safetensors", "Factor"):
+            groups = self._artifact(self.groups_directory, layer, "json", "group")
+            statistics = self._calibrated(layer)
+            experts = self.experts(layer)
+            state = factor_layer(
+                experts.gate_up_EFD,
+                experts.down_EDF,
+                torch.tensor(artifacts.read_json(groups), device=self.device),
+                statistics.mass_E.to(self.device),
+                self.plan.layers[layer].rank,
+                self.factoring,
+                (statistics.moment_DD / statistics.tokens).to(self.device),
+            )
+            artifacts.write_tensors(path, state)
+
+    def distill(self) -> None:
+        """Train each layer's student against what the teacher's layer returned."""
+        if not self.distillation.steps:
+            return
+        for layer, path in self._todo(self.distilled_directory, "safetensors", None):
+            student = self.student(layer, self.factors_directory, "factor")
+            result = distill_layer(
+                student,
+                self.call(layer),
+                self.distillation,
+                seed=self.compute.seed + layer,
+                progress=lambda steps, layer=layer: track(steps, f"Distil layer {layer}"),
+            )
+            say(f"Layer {layer}: relative error {result.before:.4f}, now {result.after:.4f}")
+            errors = {"before": result.before, "after": result.after}
+            artifacts.write_json(path.with_suffix(".json"), errors)
+            artifacts.write_tensors(path, student.state_dict())
+
+    def assemble(self, out: Path, *, stage_directory: Path | None = None) -> None:
+        """Write the student's checkpoint to ``out``, from ``stage_directory`` or the distilled."""
+        directory = stage_directory or self.distilled_directory
+        assemble(
+            self.reader,
+            self.plan.layers,
+            lambda layer: artifacts.read_tensors(
+                self._artifact(directory, layer, "safetensors", directory.name.split("-")[0])
+            ),
+            out,
+            dtype=self.stored,
+            max_shard_bytes=parse_bytes(self.assembling.max_shard, "--max-shard"),
+            job=directory.name,
+            card=model_card(
+                out.name,
+                Path(self.reader.source).name,
+                self.plan,
+                self.reader.shape.experts,
+                [error["after"] for error in self.errors().values()],
+            ),
+        )
+
+    def errors(self) -> dict[int, dict[str, float]]:
+        """Return every distilled layer's relative error ``before`` and ``after`` distillation."""
+        paths = {
+            layer: self.distilled_directory / f"layer-{layer:03d}.json"
+            for layer in self.reader.shape.layers
+        }
+        return {layer: artifacts.read_json(p) for layer, p in paths.items() if p.exists()}
+
+    def forget(self) -> None:
+        """Remove what earlier runs of this very job left."""
+        for directory in (
+            self.store.directory,
+            self.groups_directory,
+            self.factors_directory,
+            self.distilled_directory,
+        ):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    # What the stages work on.
+
+    def experts(self, layer: int) -> Experts:
+        """Read one layer's routed experts, on the device and in the working dtype."""
+        gate_up_EFD, down_EDF = self.reader.read_experts(layer)
+        return Experts(
+            gate_up_EFD.to(self.device, self.dtype),
+            down_EDF.to(self.device, self.dtype),
+            self.activation(layer),
+        )
+
+    def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Return the activation of a layer's routed experts."""
+        family = self.reader.family
+        module = self.teacher.layers[layer]
+        return module.get_submodule(f"{family.moe_name}.{family.experts_name}").act_fn  # type: ignore
+
+    def call(self, layer: int) -> ExpertsCall:
+        """Read all that one layer's experts received and returned, on the device."""
+        self._calibrated(layer)
+        call = self.store.all_calls(layer)
+        return ExpertsCall(**{name: tensor.to(self.device) for name, tensor in vars(call).items()})
+
+    def student(self, layer: int, directory: Path, stage: str) -> FusedExperts:
+        """Make one layer's fused module in fp32 with the weights that ``stage`` left."""
+        path = self._artifact(directory, layer, "safetensors", stage)
+        student = make_experts(
+            self.reader.shape, self.plan.layers[layer], self.device, self.activation(layer)
+        )
+        student.load_state_dict(artifacts.read_tensors(path))
+        return student
+
+    def _calibrated(self, layer: int) -> Any:
+        if not self.store.layer(layer).is_dir():
+            raise _missing("calibrate", self.work)
+        return self.store.statistics(layer)
+
+    def _artifact(self, directory: Path, layer: int, suffix: str, stage: str) -> Path:
+        path = directory / f"layer-{layer:03d}.{suffix}"
+        if not path.exists():
+            raise _missing(stage, self.work)
+        return path
+
+    def _todo(
+        self, directory: Path, suffix: str, description: str | None
+    ) -> Iterator[tuple[int, Path]]:
+        """Yield the layers whose artifact is not there yet, with its path."""
+        artifacts.remove_leftovers(directory)
+        paths = {n: directory / f"layer-{n:03d}.{suffix}" for n in self.reader.shape.layers}
+        missing = [(layer, path) for layer, path in paths.items() if not path.exists()]
+        yield from track(missing, description) if description and missing else missing
+
+
+def _missing(stage: str, work: Path) -> UserError:
+    return UserError(
+        f"{work} has no artifacts of '{stage}' for these settings; run 'moefuse {stage}' with the "
+        "same settings first, or 'moefuse fuse', which runs every stage."
+    )
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+@dataclass(frozen=True)
+class FuseResult:
+    """What ``fuse`` made: where, how large, how true to the teacher, at what cost.
+
+    ``errors`` are each layer's relative errors before and after distillation, ``seconds`` the wall
+    time of this run, ``peak_bytes`` the peak resident memory of this process.
+    """
+
+    out: Path
+    plan: Plan
+    errors: dict[int, dict[str, float]]
+    seconds: float
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def fuse(
+    checkpoint: str | Path,
+    out: str | Path,
+    values: Mapping[str, Any],
+    *,
+    work: str | Path | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> FuseResult:
+    """Run the whole job on ``checkpoint`` and write the student to ``out``.
+
+    ``values`` are settings by name (see ``config``). Artifacts lie in ``work``; without one they
+    lie beside ``out`` and are removed at the end. The same call after an interruption goes on from
+    the last finished layer and gives the same bytes. Raises ``UserError`` for bad input before any
+    expensive work starts.
+    """
+    start, out = time.monotonic(), Path(out)
+    own_work = out.with_name(out.name + ".work")
+    # An interrupted run of the same job may have written its output and not yet cleaned up.
+    if not own_work.exists():
+        check_output(out, overwrite=overwrite)
+    job = Job(
+        checkpoint,
+        own_work if work is None else work,
+        values,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    finished = _is_output_of(out, job)
+    if not finished:
+        check_output(out, overwrite=overwrite)
+        job.preflight()
+        if not resume:
+            job.forget()
+        for stage in (job.calibrate, job.group, job.factor, job.distill):
+            stage()
+        job.assemble(out)
+    result = FuseResult(out, job.plan, job.errors(), time.monotonic() - start, peak_memory())
+    if work is None:
+        shutil.rmtree(own_work)
+    return result
+
+
+def _is_output_of(out: Path, job: Job) -> bool:
+    """Say whether ``out`` is what this very job writes."""
+    path = out / "config.json"
+    if not (job.work.exists() and path.is_file()):
+        return False
+    block = artifacts.read_json(path).get("moefuse", {})
+    return block.get("job") == job.distilled_directory.name
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists, unless it may be replaced; raises ``UserError``."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; choose another name or pass --overwrite.")

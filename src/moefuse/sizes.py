@@ -1,0 +1,70 @@
+"""True sizes of fused experts: counted on the modules themselves, built without memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefuse.families import MoeShape
+from moefuse.modeling.modeling_moefuse import FusedExperts
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the routed experts of one layer become; the entry of ``config.json``'s moefuse block."""
+
+    groups: int
+    rank: int
+    delta: str = "low_rank"
+    scale: bool = False
+    bias: bool = False
+
+
+def maximum_rank(shape: MoeShape) -> int:
+    """Return the rank at which deltas of the stacked gate and up can be anything."""
+    return min(shape.hidden, 2 * shape.intermediate)
+
+
+def make_experts(
+    shape: MoeShape,
+    plan: LayerPlan,
+    device: str | torch.device,
+    activation: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
+) -> FusedExperts:
+    """Build one layer's fused module with weights that mean nothing yet."""
+    with torch.device(device):
+        return FusedExperts(
+            shape.hidden,
+            shape.intermediate,
+            shape.experts,
+            plan.groups,
+            plan.rank,
+            activation,
+            delta=plan.delta,
+            scale=plan.scale,
+            bias=plan.bias,
+        )
+
+
+def layer_parameters(shape: MoeShape, plan: LayerPlan) -> int:
+    """Count the numbers that one layer's fused experts hold."""
+    module = make_experts(shape, plan, "meta")
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def layer_bytes(shape: MoeShape, plan: LayerPlan, itemsize: int) -> int:
+    """Count the bytes that one layer's fused experts take on disk, the group map included.
+
+    ``itemsize`` is the bytes of one number in the checkpoint's dtype.
+    """
+    module = make_experts(shape, plan, "meta")
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    return layer_parameters(shape, plan) * itemsize + buffers
+
+
+def active_parameters(shape: MoeShape, plan: LayerPlan) -> int:
+    """Count the numbers of one layer that a token uses at most: its groups' bases, its deltas."""
+    base = 3 * shape.hidden * shape.intermediate
+    per_expert = (layer_parameters(shape, plan) - plan.groups * base) // shape.experts
+    return min(shape.top_k, plan.groups) * base + shape.top_k * per_expert
