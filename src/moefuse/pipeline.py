@@ -22,9 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefuse import artifacts, corpus, demo
 from moefuse.calibration.collect import Batch, CalibrationStore, collect
-from moefuse.calibration.statistics import Experts
 from moefuse.checkpoint.reader import CheckpointReader
-from moefuse.checkpoint.streaming import ExpertsCall, StreamedTeacher
+from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.config import (
     AssembleConfig,
     CalibrateConfig,
@@ -43,10 +42,11 @@ from moefuse.errors import UserError
 from moefuse.export.assemble import assemble
 from moefuse.export.card import model_card
 from moefuse.fusion.factor import factor_layer
-from moefuse.fusion.plan import Estimate, Plan, describe_teacher, estimate, make_plan, matrix_rate
-from moefuse.grouping.stage import group_layer
+from moefuse.fusion.plan import Estimate, describe_teacher, estimate, make_plan, matrix_rate
+from moefuse.grouping.assign import group_layer
+from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.modeling import FusedExperts
-from moefuse.sizes import make_experts
+from moefuse.sizes import Plan, make_experts
 
 STAGES = (
     ComputeConfig,

@@ -1,7 +1,8 @@
 """True sizes of fused experts: counted on the modules themselves, built without memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,24 @@ class LayerPlan:
     delta: str = "low_rank"
     scale: bool = False
     bias: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the student will be: its layers and its true sizes, in numbers and in bytes."""
+
+    layers: dict[int, LayerPlan]
+    parameters: int
+    active_parameters: int
+    bytes: int
+    expert_parameters: int
+    expert_bytes: int
+    teacher_parameters: int
+    teacher_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
 
 
 def maximum_rank(shape: MoeShape) -> int:

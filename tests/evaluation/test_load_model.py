@@ -99,6 +99,25 @@ def test_what_is_no_model_is_told(tmp_path: Path, tiny_checkpoint: Callable[...,
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_size": 40}, "weights of other shapes"),
+        ({"hidden_act": "odd"}, "KeyError: 'odd'"),
+        ({"num_attention_heads": "four"}, "num_attention_heads"),
+        ({"num_hidden_layers": 4}, "lacks 13 of the weights"),
+        ({"moefuse": {}}, "KeyError: 'layers'"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_told(
+    tiny_checkpoint: Callable[..., Path], changes: dict[str, Any], reason: str
+) -> None:
+    path = tiny_checkpoint()
+    edit_config(path, **changes)
+    with pytest.raises(UserError, match=reason):
+        load_model(path)
+
+
 def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     save_tiny(tmp_path, max_shard_size="1GB")
     file = tmp_path / "model.safetensors"
@@ -135,7 +154,7 @@ def test_foreign_code_runs_only_with_consent(tiny_checkpoint: Callable[..., Path
     ("options", "reason"),
     [
         ({"dtype": "float13"}, "'float13' is no dtype"),
-        ({"device": "toaster"}, "'toaster' cannot be used here"),
+        ({"device": "toaster"}, "'toaster' is no device"),
         ({"device": "meta"}, "holds no numbers"),
     ],
 )

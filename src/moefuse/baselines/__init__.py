@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from moefuse.calibration.statistics import Experts, LayerStatistics
 from moefuse.errors import UserError
 from moefuse.families import Family
+from moefuse.mathematics.experts import Experts
+from moefuse.mathematics.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)

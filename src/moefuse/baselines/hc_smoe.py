@@ -11,8 +11,8 @@ from torch import nn
 
 from moefuse.baselines import Layer
 from moefuse.baselines._native import MergedExperts, native_experts
-from moefuse.grouping.cluster import agglomerate
-from moefuse.grouping.similarity import mean_output_affinity
+from moefuse.mathematics.clustering import agglomerate
+from moefuse.mathematics.similarity import mean_output_affinity
 
 
 def compress(layer: Layer, experts: int) -> nn.Module:

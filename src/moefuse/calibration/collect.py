@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from moefuse import artifacts
-from moefuse.calibration.statistics import Experts, LayerStatistics
-from moefuse.checkpoint.streaming import ExpertsCall, StreamedTeacher, without_padding
+from moefuse.checkpoint.streaming import StreamedTeacher, without_padding
 from moefuse.console import say, track
+from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.mathematics.statistics import LayerStatistics
 
 MEMORY_BYTES = 1_000_000_000
 

@@ -11,7 +11,6 @@ would read the whole model again.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moefuse.checkpoint.reader import CheckpointReader
-
-
-@dataclass(frozen=True)
-class ExpertsCall:
-    """What one call of a layer's routed experts received and returned, padding left out.
-
-    ``x_TD`` (T, D) and ``y_TD`` (T, D) in the working dtype, ``index_TK`` (T, K) int32,
-    ``weight_TK`` (T, K) fp32.
-    """
-
-    x_TD: Tensor
-    index_TK: Tensor
-    weight_TK: Tensor
-    y_TD: Tensor
+from moefuse.mathematics.experts import ExpertsCall
 
 
 class _LastLayerReachedError(Exception):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moefuse.checkpoint.streaming import ExpertsCall
 from moefuse.config import DistillConfig
 from moefuse.distillation.losses import relative_error
+from moefuse.mathematics.experts import ExpertsCall
 
 
 @dataclass(frozen=True)

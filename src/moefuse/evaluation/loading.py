@@ -1,11 +1,11 @@
 """From a path or a hub id to a model in memory, its tokenizer and its stored sizes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -56,7 +56,7 @@ def load_model(
         model = model.eval().to(device)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # configurations and their classes raise whatever they like
         raise _not_loaded(path, error) from error
     _check_complete(path, sorted(found["missing_keys"]))
     return model, load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -68,11 +68,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         return AutoTokenizer.from_pretrained(_download(path), trust_remote_code=trust_remote_code)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except Exception as error:  # tokenizer files and their classes raise whatever they like
         if "trust_remote_code" in str(error):
             raise _wants_consent(path) from error
         raise UserError(
-            f"{path} has no tokenizer that can be loaded ({_first_line(error)}); "
+            f"{path} has no tokenizer that can be loaded ({_reason(error)}); "
             "copy the teacher's tokenizer files into it."
         ) from error
 
@@ -97,10 +97,15 @@ def _check(dtype: str | None, device: str) -> None:
         raise UserError(f"{dtype!r} is no dtype for weights; give one of {', '.join(DTYPES)}.")
     try:
         kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(
+            f"{device!r} is no device; give one such as cpu, cuda or cuda:1."
+        ) from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"The device {device!r} cannot be used here ({_first_line(error)}); "
+            f"The device {device!r} cannot be used here ({_reason(error)}); "
             "give another one, for example cpu."
         ) from error
     if kind == "meta":
@@ -120,7 +125,15 @@ def _download(path: str | Path) -> Path:
 def _not_loaded(path: str | Path, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return _wants_consent(path)
-    return UserError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}.")
+    if "ignore_mismatched_sizes" in str(error):
+        return UserError(
+            f"{path} holds weights of other shapes than its config.json asks for; "
+            "take both from the same place."
+        )
+    return UserError(
+        f"{path} cannot be loaded as a causal language model ({_reason(error)}); "
+        "check that its config.json and its files belong together."
+    )
 
 
 def _wants_consent(path: str | Path) -> UserError:
@@ -130,8 +143,10 @@ def _wants_consent(path: str | Path) -> UserError:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+def _reason(error: Exception) -> str:
+    """Return what a person needs of an exception: its kind and the first sentence of it."""
+    sentence = re.split(r"(?<=[.!?:])\s", str(error).strip(), maxsplit=1)[0].rstrip(".!:")
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
 
 
 def read_sizes(path: str | Path) -> CheckpointHeaders:

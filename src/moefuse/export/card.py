@@ -1,6 +1,6 @@
 """The model card that every written checkpoint carries."""
 
-from moefuse.fusion.plan import Plan
+from moefuse.sizes import Plan
 
 CARD = """\
 ---

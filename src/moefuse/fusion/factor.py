@@ -16,9 +16,9 @@ R rank.
 import torch
 from torch import Tensor
 
-from moefuse.alignment import ExpertWeights, align
 from moefuse.config import FactorConfig
-from moefuse.fusion.lowrank import damped, low_rank, symmetric_root
+from moefuse.mathematics.alignment import ExpertWeights, align
+from moefuse.mathematics.lowrank import damped, low_rank, symmetric_root
 
 MASS_FLOOR = 1e-3
 """Share of the mean mass that an expert counts for at least, so that none is forgotten."""

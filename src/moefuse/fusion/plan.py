@@ -6,7 +6,7 @@ done and the matrix rate that the device shows in a fifth of a second.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,14 @@ from moefuse.config import (
 )
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape
-from moefuse.sizes import LayerPlan, active_parameters, layer_bytes, layer_parameters, maximum_rank
+from moefuse.sizes import (
+    LayerPlan,
+    Plan,
+    active_parameters,
+    layer_bytes,
+    layer_parameters,
+    maximum_rank,
+)
 
 BASE_SHARE = 0.5
 """Share of the experts' budget that goes to bases when only a budget is given."""
@@ -60,24 +67,6 @@ class Teacher:
     def parameters(self) -> int:
         """Parameters of the whole teacher."""
         return self.outside + self.expert_parameters
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the student will be: its layers and its true sizes, in numbers and in bytes."""
-
-    layers: dict[int, LayerPlan]
-    parameters: int
-    active_parameters: int
-    bytes: int
-    expert_parameters: int
-    expert_bytes: int
-    teacher_parameters: int
-    teacher_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,15 @@ Shape suffixes: T tokens of a batch, K experts chosen per token, N = T * K rows 
 E experts, D hidden width, F expert intermediate width, S sampled tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moefuse.checkpoint.streaming import ExpertsCall
+from moefuse.mathematics.experts import Experts, ExpertsCall
 
 MEAN_OUTPUT_TOKENS = 2048
 """Every expert is run on this many tokens, chosen or not, to learn its mean output."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A layer's routed experts: ``gate_up_EFD`` (E, 2F, D), gate first; ``down_EDF`` (E, D, F)."""
-
-    gate_up_EFD: Tensor
-    down_EDF: Tensor
-    activation: Callable[[Tensor], Tensor]
-
-    def run(self, expert: int, x_TD: Tensor) -> Tensor:
-        """Return one expert's output, (T, D), before it is weighted."""
-        gate_TF, up_TF = (x_TD @ self.gate_up_EFD[expert].T).chunk(2, dim=-1)
-        return (self.activation(gate_TF) * up_TF) @ self.down_EDF[expert].T
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Group: which experts of a layer share a base.
 
-Each way of grouping is an affinity and a clustering (see ``similarity`` and ``cluster``):
+Each way of grouping is an affinity and a clustering (see ``mathematics``):
 
 - ``output``: experts that return alike, by agglomerative clustering;
 - ``hierarchical``: the same on mean outputs alone, as HC-SMoE does;
@@ -14,37 +14,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moefuse.alignment import ExpertWeights
-from moefuse.calibration.statistics import Experts, LayerStatistics
 from moefuse.errors import UserError
-from moefuse.grouping import cluster, similarity
+from moefuse.mathematics import clustering, similarity
+from moefuse.mathematics.alignment import ExpertWeights
+from moefuse.mathematics.experts import Experts
+from moefuse.mathematics.statistics import LayerStatistics
 
 Grouping = Callable[[LayerStatistics, Experts, int], Tensor]
 
 
 def _coactivation(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
     affinity_EE = similarity.coactivation_affinity(statistics.coactivation_EE)
-    return cluster.agglomerate(affinity_EE, groups)
+    return clustering.agglomerate(affinity_EE, groups)
 
 
 def _output(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
     affinity_EE = similarity.output_affinity(statistics.mean_output_ED)
-    return cluster.agglomerate(affinity_EE, groups)
+    return clustering.agglomerate(affinity_EE, groups)
 
 
 def _hierarchical(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
     affinity_EE = similarity.mean_output_affinity(statistics.mean_output_ED)
-    return cluster.agglomerate(affinity_EE, groups)
+    return clustering.agglomerate(affinity_EE, groups)
 
 
 def _weight(_: LayerStatistics, experts: Experts, groups: int) -> Tensor:
     affinity_EE = similarity.weight_affinity(_weights(experts))
-    return cluster.agglomerate(affinity_EE, groups)
+    return clustering.agglomerate(affinity_EE, groups)
 
 
 def _dominant(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
     affinity_EE = similarity.output_affinity(statistics.mean_output_ED)
-    return cluster.join_centres(affinity_EE, cluster.strongest(statistics.mass_E, groups))
+    return clustering.join_centres(affinity_EE, clustering.strongest(statistics.mass_E, groups))
 
 
 def _weights(experts: Experts) -> list[ExpertWeights]:

@@ -6,7 +6,7 @@ Shape suffixes: E experts, S sampled tokens, D hidden width, F neurons.
 import torch
 from torch import Tensor
 
-from moefuse.alignment import ExpertWeights, match_neurons
+from moefuse.mathematics.alignment import ExpertWeights, match_neurons
 
 TINY = 1e-12
 

@@ -1,0 +1,37 @@
+# demo and test are what the README tells; everything else serves them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+
+.PHONY: demo test check quality benchmarks clean
+
+demo: $(VENV)/installed
+	$(BIN)/moefuse demo runs/demo --overwrite
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/developing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+# The long comparison behind the README's table: rivals distilled too, three seeds.
+quality: $(VENV)/installed
+	$(BIN)/python benchmarks/quality.py
+
+# torch is installed by its exact version first, so that a plain "torch" never replaces it.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/developing: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,37 @@
+"""What is passed between stages about one layer's experts.
+
+Shape suffixes: T tokens, K experts chosen per token, E experts, D hidden width, F neurons.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """What one call of a layer's routed experts received and returned, padding left out.
+
+    ``x_TD`` (T, D) and ``y_TD`` (T, D) in the working dtype, ``index_TK`` (T, K) int32,
+    ``weight_TK`` (T, K) fp32.
+    """
+
+    x_TD: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    y_TD: Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's routed experts: ``gate_up_EFD`` (E, 2F, D), gate first; ``down_EDF`` (E, D, F)."""
+
+    gate_up_EFD: Tensor
+    down_EDF: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+    def run(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Return one expert's output, (T, D), before it is weighted."""
+        gate_TF, up_TF = (x_TD @ self.gate_up_EFD[expert].T).chunk(2, dim=-1)
+        return (self.activation(gate_TF) * up_TF) @ self.down_EDF[expert].T
