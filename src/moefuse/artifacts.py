@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 TEMPORARY_SUFFIX = ".partial"
+REPLACED_SUFFIX = ".replaced" + TEMPORARY_SUFFIX
 
 
 def _flush(path: Path) -> None:
@@ -35,7 +36,7 @@ def _umask() -> int:
     return current
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Run ``write(temporary)`` and rename the finished, flushed file to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -48,7 +49,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -85,10 +86,21 @@ def partial_directory(path: Path) -> Path:
 
 
 def finish_directory(partial: Path, path: Path) -> None:
-    """Let the filled directory ``partial`` appear as ``path``, in the place of an older one."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Let the filled directory ``partial`` appear as ``path``, in the place of an older one.
+
+    The older one is moved aside before it is removed: no half of it is ever there under its name.
+    """
+    remove_replaced(path)
+    if path.exists():
+        path.replace(path.with_name(path.name + REPLACED_SUFFIX))
     partial.replace(path)
     _flush(path.parent)
+    remove_replaced(path)
+
+
+def remove_replaced(path: Path) -> None:
+    """Remove what ``finish_directory`` moved aside, should an interruption have left it there."""
+    shutil.rmtree(path.with_name(path.name + REPLACED_SUFFIX), ignore_errors=True)
 
 
 def remove_leftovers(directory: Path) -> None:

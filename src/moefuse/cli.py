@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from moefuse.config import (
     AssembleConfig,
@@ -24,14 +25,29 @@ from moefuse.config import (
     FactorConfig,
     GroupConfig,
     SizeConfig,
+    build,
     fields_of,
     read_yaml,
 )
 from moefuse.console import errors
 from moefuse.errors import UserError
 
+
+class _InterruptedError(Exception):
+    """Ctrl-C, under a name that typer does not end the program for without a word."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _InterruptedError from None
+
+
 app = typer.Typer(
     name="moefuse",
+    cls=_Commands,
     help="Shrink Mixture-of-Experts language models by fusing their experts.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -65,6 +81,8 @@ def with_settings(*stages: type) -> Callable[[Callable[..., None]], Callable[...
             flags = {name: given.pop(name) for name in declared}
             values = read_yaml(config, stages) if config else {}
             values |= {name: value for name, value in flags.items() if value is not None}
+            for stage in stages:
+                build(stage, values)
             command(*args, values=values, **given)
 
         own = inspect.signature(command, eval_str=True).parameters.values()
@@ -198,6 +216,7 @@ def assemble_command(
 
     check_output(out, overwrite=overwrite)
     job = Job(checkpoint, work, values, revision=revision, trust_remote_code=trust_remote_code)
+    job.check_apart(out)
     job.assemble(out)
 
 
@@ -210,6 +229,6 @@ def main() -> None:
     except UserError as error:
         errors.print(f"moefuse: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _InterruptedError):
         errors.print("moefuse: interrupted; the same command goes on from here.", markup=False)
         sys.exit(130)

@@ -5,25 +5,39 @@ metadata holds the help text. Values are checked where they are made, before any
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 
 from moefuse.errors import UserError
 
 GROUPINGS = ("coactivation", "output", "weight", "hierarchical", "dominant")
+BASES = ("auto", "mean", "neurons")
 DELTA_KINDS = ("low_rank",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LARGEST_SEED = 2**32 - 1
 
 Stage = TypeVar("Stage")
 
 
-def setting(default: Any, help_text: str, *, at_least: float | None = None) -> Any:
-    """Declare a field with its help text and, for numbers, the smallest value that makes sense."""
-    return field(default=default, metadata={"help": help_text, "at_least": at_least})
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """Declare a field with its help text and the values that make sense.
+
+    ``at_least`` and ``at_most`` bound a number, ``choices`` lists the words that a text may be.
+    """
+    allowed = {"at_least": at_least, "at_most": at_most, "choices": choices}
+    return field(default=default, metadata={"help": help_text, **allowed})
 
 
 @dataclass(frozen=True)
@@ -31,8 +45,10 @@ class ComputeConfig:
     """Where and how to compute."""
 
     device: str = setting("auto", "Device to compute on: auto, cpu, cuda, cuda:1, ...")
-    dtype: str = setting("auto", f"Working dtype: {', '.join(DTYPES)} (auto: the checkpoint's).")
-    seed: int = setting(0, "Seed of everything random.", at_least=0)
+    dtype: str = setting(
+        "auto", f"Working dtype: {', '.join(DTYPES)} (auto: the checkpoint's).", choices=DTYPES
+    )
+    seed: int = setting(0, "Seed of everything random.", at_least=0, at_most=LARGEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -61,19 +77,28 @@ class SizeConfig:
 class GroupConfig:
     """How experts are put into groups."""
 
-    grouping: str = setting("output", f"How experts are grouped: {', '.join(GROUPINGS)}.")
+    grouping: str = setting(
+        "dominant", f"How experts are grouped: {', '.join(GROUPINGS)}.", choices=GROUPINGS
+    )
 
 
 @dataclass(frozen=True)
 class FactorConfig:
     """How a layer is split into bases and deltas before training."""
 
-    alternations: int = setting(4, "Rounds of refitting base and deltas in turn.", at_least=0)
+    base: str = setting(
+        "auto",
+        "What bases are made of: mean, the members' aligned mean; neurons, their most important "
+        "neurons fitted to real inputs; auto, whichever errs less.",
+        choices=BASES,
+    )
+    fit_tokens: int = setting(16_384, "Calibration tokens that bases are fitted to.", at_least=1)
+    alternations: int = setting(1, "Rounds of refitting base and deltas in turn.", at_least=0)
     align: bool = setting(True, "Match neurons before averaging.")
     damping: float = setting(
-        1.0, "Damping of the inputs' second moment: 0 whitens, 1 ignores it.", at_least=0
+        1.0, "Damping of the inputs' second moment: 0 whitens, 1 ignores it.", at_least=0, at_most=1
     )
-    scale: bool = setting(False, "Give every expert a scale per neuron.")
+    scale: bool = setting(True, "Give every expert a scale per neuron.")
     bias: bool = setting(False, "Give every expert a bias per neuron.")
 
 
@@ -85,10 +110,17 @@ class DistillConfig:
         400, "Optimiser steps per layer; 0 leaves the student one-shot.", at_least=0
     )
     batch_tokens: int = setting(1024, "Tokens in one distillation step.", at_least=1)
-    learning_rate: float = setting(2e-3, "Peak learning rate of the bases.", at_least=0)
-    delta_learning_rate: float = setting(2e-3, "Peak learning rate of the deltas.", at_least=0)
-    warmup: float = setting(0.05, "Share of the steps spent warming up.", at_least=0)
-    held_back: float = setting(0.05, "Share of the tokens that only measure.", at_least=0)
+    learning_rate: float = setting(2e-3, "Peak learning rate of the bases.", at_least=0, at_most=1)
+    delta_learning_rate: float = setting(
+        5e-3, "Peak learning rate of the deltas.", at_least=0, at_most=1
+    )
+    scale_learning_rate: float = setting(
+        1e-2, "Peak learning rate of scales and biases.", at_least=0, at_most=1
+    )
+    warmup: float = setting(0.05, "Share of the steps spent warming up.", at_least=0, at_most=1)
+    held_back: float = setting(
+        0.05, "Share of the tokens that only measure.", at_least=0, at_most=0.5
+    )
 
 
 @dataclass(frozen=True)
@@ -111,26 +143,43 @@ def fields_of(stages: Sequence[type]) -> dict[str, dataclasses.Field]:
 def build(stage: type[Stage], values: Mapping[str, Any]) -> Stage:
     """Make one stage's settings from whatever of ``values`` belongs to it; None means default.
 
-    Raises ``UserError`` for a value of the wrong kind or below what makes sense.
+    Raises ``UserError`` for a value of the wrong kind or beyond what makes sense.
     """
-    names = {declared.name for declared in dataclasses.fields(stage)}  # type: ignore[arg-type]
-    given = {k: v for k, v in values.items() if k in names and v is not None}
+    given: dict[str, Any] = {}
     for declared in dataclasses.fields(stage):  # type: ignore[arg-type]
-        if declared.name in given:
-            _check(declared, given[declared.name])
+        value = values.get(declared.name)
+        if value is not None:
+            given[declared.name] = _checked(declared, value)
     return stage(**given)
 
 
-def _check(declared: dataclasses.Field, value: Any) -> None:
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _checked(declared: dataclasses.Field, value: Any) -> Any:
+    """Return the value as the kind it is declared to be; raises ``UserError``."""
     flag = "--" + declared.name.replace("_", "-")
-    expected = declared.type
-    accepted = (int, float) if expected is float else expected
-    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-        name = getattr(expected, "__name__", str(expected))
-        raise UserError(f"{flag} is {value!r}, which is not {name}.")
-    smallest = declared.metadata["at_least"]
+    kind = next(kind for kind in _KINDS if kind in (declared.type, *get_args(declared.type)))
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{flag} is {value!r}; it must be {_KINDS[kind]}.")
+    if kind in (int, float):
+        _check_bounds(flag, value, declared.metadata)
+    choices = declared.metadata["choices"]
+    if choices is not None and value not in choices:
+        raise UserError(f"{flag} is {value!r}; choose from {', '.join(choices)}.")
+    # A file's 1 and a flag's 1.0 are one setting and must have one fingerprint.
+    return kind(value)
+
+
+def _check_bounds(flag: str, value: float, allowed: Mapping[str, Any]) -> None:
+    smallest, largest = allowed["at_least"], allowed["at_most"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag} is {value}; it must be a finite number.")
     if smallest is not None and value < smallest:
         raise UserError(f"{flag} is {value}; it must be at least {smallest}.")
+    if largest is not None and value > largest:
+        raise UserError(f"{flag} is {value}; it must be at most {largest}.")
 
 
 def read_yaml(path: Path, stages: Sequence[type]) -> dict[str, Any]:
@@ -141,7 +190,8 @@ def read_yaml(path: Path, stages: Sequence[type]) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The configuration {path} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"The configuration {path} cannot be read: {reason}.") from error
     if not isinstance(loaded, dict):
         raise UserError(f"The configuration {path} must be a mapping of settings to values.")
     values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
@@ -175,6 +225,6 @@ def _parse(text: str, flag: str, wanted: str, trimmed: str) -> int:
         value = float(trimmed.removesuffix(unit)) * _UNITS[unit]
     except (ValueError, KeyError):
         raise UserError(f"{flag} is {text!r}, which is not {wanted}.") from None
-    if not 0 < value < 1e18:
+    if not 1 <= value < 1e18:
         raise UserError(f"{flag} is {text!r}, which is not {wanted}.")
     return round(value)

@@ -10,6 +10,7 @@ from moefuse.errors import UserError
 from moefuse.families import Family
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+KNOWN = ("cpu", "cuda", "mps", "xpu")
 WORKING = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -17,11 +18,13 @@ def choose_device(name: str) -> str:
     """Turn ``auto`` into ``cuda`` where there is one, else ``cpu``; raises ``UserError``."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in KNOWN:
+        raise UserError(f"--device is {name!r}; choose auto or {', '.join(KNOWN)}, such as cuda:1.")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here: {reason}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name} cannot be used here: {reason}.") from error
     return name
 
 

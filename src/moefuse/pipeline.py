@@ -41,11 +41,26 @@ from moefuse.distillation.loop import distill_layer
 from moefuse.errors import UserError
 from moefuse.export.assemble import assemble
 from moefuse.export.card import model_card
-from moefuse.fusion.factor import factor_layer
-from moefuse.fusion.plan import Estimate, describe_teacher, estimate, make_plan, matrix_rate
+from moefuse.fusion.choose import factor
+from moefuse.fusion.plan import (
+    Estimate,
+    Teacher,
+    describe_teacher,
+    estimate,
+    make_plan,
+    matrix_rate,
+)
 from moefuse.grouping.assign import group_layer
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.modeling import FusedExperts
+from moefuse.places import (
+    check_new,
+    check_output,
+    check_outside,
+    check_own,
+    check_place,
+    existing_parent,
+)
 from moefuse.sizes import Plan, make_experts
 
 STAGES = (
@@ -59,6 +74,11 @@ STAGES = (
 )
 CHECKED = "checked"
 SPARE_DISK_SHARE = 1.05
+JUDGE_TOKENS = 4096
+"""Calibration tokens beyond those fitted to, on which ways of factoring are compared."""
+STAGE_OF = {"calibration": "calibrate", "factors": "factor", "distilled": "distill"}
+"""The command that leaves each directory of artifacts."""
+OWN_ENTRIES = ("calibration-", "groups-", "factors-", "distilled-", f"{CHECKED}-")
 
 
 class Job:
@@ -84,10 +104,14 @@ class Job:
         self.factoring = build(FactorConfig, values)
         self.distillation = build(DistillConfig, values)
         self.assembling = build(AssembleConfig, values)
+        self.max_shard_bytes = parse_bytes(self.assembling.max_shard, "--max-shard")
         self.work = Path(work)
+        check_place(self.work)
+        self.trust_remote_code = trust_remote_code
         self.reader = CheckpointReader.open(
             checkpoint, revision=revision, trust_remote_code=trust_remote_code
         )
+        check_outside(self.work, self.reader.directory, "work directory")
         self.device = choose_device(self.compute.device)
         self.stored = stored_dtype(self.reader.tensors, self.reader.family, self.reader.config)
         self.dtype = choose_dtype(self.compute.dtype, self.stored, self.device)
@@ -97,29 +121,53 @@ class Job:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.reader.directory)
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.reader.directory, trust_remote_code=self.trust_remote_code
+            )
+        except Exception as error:  # tokenizers fail in as many ways as there are formats
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"The tokenizer in {self.reader.source} cannot be loaded ({reason}); download the "
+                "checkpoint's tokenizer files again."
+            ) from error
 
     @cached_property
     def plan(self) -> Plan:
         """G and R of every layer, and the student's true sizes."""
-        return make_plan(self._teacher_sizes(), self.size, self.factoring)
+        return make_plan(self.sizes, self.size, self.factoring)
 
-    def _teacher_sizes(self) -> Any:
+    @cached_property
+    def sizes(self) -> Teacher:
+        """The teacher's sizes."""
         return describe_teacher(self.reader.config, self.reader.tensors, self.reader.family)
 
     @cached_property
     def batches(self) -> list[Batch]:
         """Calibration text as padded batches of token ids; raises ``UserError``."""
+        tokens, length = self.calibration.tokens, self.calibration.sequence_length
+        if tokens < length:
+            raise UserError(
+                f"--tokens is {tokens}, fewer than one sequence of {length}; give more --tokens or "
+                "a smaller --sequence-length."
+            )
         source = self.calibration.data or self._bundled_data()
         sequences = corpus.tokenize(
             corpus.load_documents(source),
             self.tokenizer,
-            self.calibration.sequence_length,
-            limit_tokens=self.calibration.tokens,
+            length,
+            limit_tokens=tokens,
             require_full=True,
         )
-        pad = self.tokenizer.pad_token_id
-        return list(corpus.batches(sequences, self.calibration.batch_size, pad or 0))
+        largest = max(int(ids_T.max()) for ids_T in sequences)
+        known = self.teacher.config.vocab_size
+        if largest >= known:
+            raise UserError(
+                f"The tokenizer in {self.reader.source} gives the token {largest}, but the model "
+                f"knows only {known}; tokenizer and weights are of different models."
+            )
+        # Any token does: what stands in padding is never looked at.
+        return list(corpus.batches(sequences, self.calibration.batch_size, 0))
 
     def _bundled_data(self) -> Path:
         bundled = CheckpointReader.open(demo.teacher_path())
@@ -142,7 +190,7 @@ class Job:
         """Time, disk and memory that the whole job will take."""
         itemsize = torch.empty(0, dtype=self.dtype).element_size()
         return estimate(
-            self._teacher_sizes(),
+            self.sizes,
             self.plan,
             self.calibration,
             self.distillation,
@@ -188,10 +236,17 @@ class Job:
 
     # The stages.
 
+    def check_apart(self, out: Path) -> None:
+        """Refuse an output that would mix with or replace what is read; raises ``UserError``."""
+        check_outside(out, self.reader.directory, "output")
+        for inner, name in ((self.reader.directory, "checkpoint"), (self.work, "work directory")):
+            if inner.resolve().is_relative_to(out.resolve()):
+                raise UserError(f"The {name} {inner} lies in the output {out}; keep them apart.")
+
     def preflight(self) -> None:
         """Check whatever can be checked before any work; raises ``UserError``."""
-        _ = self.plan, self.batches
-        free = shutil.disk_usage(_existing_parent(self.work)).free
+        _ = self.plan, self.teacher, self.batches
+        free = shutil.disk_usage(existing_parent(self.work)).free
         needed = self.estimate.disk_bytes * SPARE_DISK_SHARE
         if needed > free:
             raise UserError(
@@ -209,6 +264,7 @@ class Job:
 
     def calibrate(self) -> None:
         """Stream the teacher over the text and keep what its MoE layers received and returned."""
+        _ = self.teacher, self.batches
         self.check_weights()
         collect(self.teacher, self.batches, self.store)
 
@@ -226,25 +282,32 @@ class Job:
     def factor(self) -> None:
         """Split each layer's experts into bases and deltas in closed form."""
         for layer, path in self._todo(self.factors_directory, "safetensors", "Factor"):
-            groups = self._artifact(self.groups_directory, layer, "json", "group")
-            statistics = self._calibrated(layer)
-            experts = self.experts(layer)
-            state = factor_layer(
-                experts.gate_up_EFD,
-                experts.down_EDF,
-                torch.tensor(artifacts.read_json(groups), device=self.device),
-                statistics.mass_E.to(self.device),
-                self.plan.layers[layer].rank,
-                self.factoring,
-                (statistics.moment_DD / statistics.tokens).to(self.device),
-            )
-            artifacts.write_tensors(path, state)
+            # In a call of its own, so that no layer is left in memory when the next is read.
+            self._factor(layer, path)
+
+    def _factor(self, layer: int, path: Path) -> None:
+        start = time.monotonic()
+        groups = self._artifact(self.groups_directory, layer, "json", "group")
+        statistics = self._calibrated(layer)
+        factored = factor(
+            self.experts(layer),
+            statistics,
+            self.store.sample(layer, self.factoring.fit_tokens + JUDGE_TOKENS).to(self.device),
+            torch.tensor(artifacts.read_json(groups), device=self.device),
+            self.plan.layers[layer],
+            self.factoring,
+        )
+        made = {"base": factored.base, "before": factored.error, "after": factored.error}
+        made["seconds"] = time.monotonic() - start
+        artifacts.write_json(path.with_suffix(".json"), made)
+        artifacts.write_tensors(path, factored.state)
 
     def distill(self) -> None:
         """Train each layer's student against what the teacher's layer returned."""
         if not self.distillation.steps:
             return
         for layer, path in self._todo(self.distilled_directory, "safetensors", None):
+            start = time.monotonic()
             student = self.student(layer, self.factors_directory, "factor")
             result = distill_layer(
                 student,
@@ -254,22 +317,23 @@ class Job:
                 progress=lambda steps, layer=layer: track(steps, f"Distil layer {layer}"),
             )
             say(f"Layer {layer}: relative error {result.before:.4f}, now {result.after:.4f}")
-            errors = {"before": result.before, "after": result.after}
-            artifacts.write_json(path.with_suffix(".json"), errors)
+            made: dict[str, Any] = {"before": result.before, "after": result.after}
+            made["seconds"] = time.monotonic() - start
+            artifacts.write_json(path.with_suffix(".json"), made)
             artifacts.write_tensors(path, student.state_dict())
 
     def assemble(self, out: Path, *, stage_directory: Path | None = None) -> None:
         """Write the student's checkpoint to ``out``, from ``stage_directory`` or the distilled."""
         directory = stage_directory or self.distilled_directory
+        stage = STAGE_OF[directory.name.split("-")[0]]
+        paths = {n: self._artifact(directory, n, "safetensors", stage) for n in self.plan.layers}
         assemble(
             self.reader,
             self.plan.layers,
-            lambda layer: artifacts.read_tensors(
-                self._artifact(directory, layer, "safetensors", directory.name.split("-")[0])
-            ),
+            lambda layer: artifacts.read_tensors(paths[layer]),
             out,
             dtype=self.stored,
-            max_shard_bytes=parse_bytes(self.assembling.max_shard, "--max-shard"),
+            max_shard_bytes=self.max_shard_bytes,
             job=directory.name,
             card=model_card(
                 out.name,
@@ -301,13 +365,12 @@ class Job:
     # What the stages work on.
 
     def experts(self, layer: int) -> Experts:
-        """Read one layer's routed experts, on the device and in the working dtype."""
+        """Read one layer's routed experts, on the device and in fp32."""
         gate_up_EFD, down_EDF = self.reader.read_experts(layer)
-        return Experts(
-            gate_up_EFD.to(self.device, self.dtype),
-            down_EDF.to(self.device, self.dtype),
-            self.activation(layer),
-        )
+        # One after the other under its old name, so that what was stored goes when converted.
+        gate_up_EFD = gate_up_EFD.to(self.device, torch.float32)
+        down_EDF = down_EDF.to(self.device, torch.float32)
+        return Experts(gate_up_EFD, down_EDF, self.activation(layer))
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
         """Return the activation of a layer's routed experts."""
@@ -318,8 +381,7 @@ class Job:
     def call(self, layer: int) -> ExpertsCall:
         """Read all that one layer's experts received and returned, on the device."""
         self._calibrated(layer)
-        call = self.store.all_calls(layer)
-        return ExpertsCall(**{name: tensor.to(self.device) for name, tensor in vars(call).items()})
+        return self.store.all_calls(layer).to(self.device)
 
     def student(self, layer: int, directory: Path, stage: str) -> FusedExperts:
         """Make one layer's fused module in fp32 with the weights that ``stage`` left."""
@@ -356,10 +418,6 @@ def _missing(stage: str, work: Path) -> UserError:
         f"{work} has no artifacts of '{stage}' for these settings; run 'moefuse {stage}' with the "
         "same settings first, or 'moefuse fuse', which runs every stage."
     )
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
 @dataclass(frozen=True)
@@ -400,18 +458,23 @@ def fuse(
     expensive work starts.
     """
     start, out = time.monotonic(), Path(out)
+    check_new(out)
     own_work = out.with_name(out.name + ".work")
+    if work is None:
+        check_own(own_work, OWN_ENTRIES)
+    place = own_work if work is None else Path(work)
     # An interrupted run of the same job may have written its output and not yet cleaned up.
-    if not own_work.exists():
+    if not place.exists():
         check_output(out, overwrite=overwrite)
     job = Job(
         checkpoint,
-        own_work if work is None else work,
+        place,
         values,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    finished = _is_output_of(out, job)
+    job.check_apart(out)
+    finished = resume and _is_output_of(out, job)
     if not finished:
         check_output(out, overwrite=overwrite)
         job.preflight()
@@ -420,6 +483,7 @@ def fuse(
         for stage in (job.calibrate, job.group, job.factor, job.distill):
             stage()
         job.assemble(out)
+    artifacts.remove_replaced(out)
     result = FuseResult(out, job.plan, job.errors(), time.monotonic() - start, peak_memory())
     if work is None:
         shutil.rmtree(own_work)
@@ -431,17 +495,13 @@ def _is_output_of(out: Path, job: Job) -> bool:
     path = out / "config.json"
     if not (job.work.exists() and path.is_file()):
         return False
-    block = artifacts.read_json(path).get("moefuse", {})
-    return block.get("job") == job.distilled_directory.name
+    try:
+        return artifacts.read_json(path)["moefuse"]["job"] == job.distilled_directory.name
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def peak_memory() -> int:
     """Return the peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it may be replaced; raises ``UserError``."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; choose another name or pass --overwrite.")

@@ -20,7 +20,6 @@ from moefuse.config import (
 from moefuse.devices import choose_device, choose_dtype, stored_dtype
 from moefuse.families import family_of
 from moefuse.fusion.plan import Estimate, describe_teacher, estimate, make_plan, matrix_rate
-
 from moefuse.sizes import Plan
 
 

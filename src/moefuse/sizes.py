@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moefuse.families import MoeShape
+from moefuse.mathematics.experts import Experts
 from moefuse.modeling.modeling_moefuse import FusedExperts
 
 
@@ -64,6 +65,25 @@ def make_experts(
             scale=plan.scale,
             bias=plan.bias,
         )
+
+
+def load_experts(state: dict[str, Tensor], experts: Experts, plan: LayerPlan) -> FusedExperts:
+    """Make the fused module that takes the place of ``experts``, with the weights of ``state``."""
+    count, double_intermediate, hidden = experts.gate_up_EFD.shape
+    with torch.device("meta"):
+        module = FusedExperts(
+            hidden,
+            double_intermediate // 2,
+            count,
+            plan.groups,
+            plan.rank,
+            experts.activation,
+            delta=plan.delta,
+            scale=plan.scale,
+            bias=plan.bias,
+        )
+    module.load_state_dict(state, assign=True)
+    return module
 
 
 def layer_parameters(shape: MoeShape, plan: LayerPlan) -> int:

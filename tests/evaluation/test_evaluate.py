@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from moefuse import demo
 from moefuse.errors import UserError
-from moefuse.evaluation import run
-from moefuse.evaluation.report import TEACHER, read_report, write_report
+from moefuse.evaluation.report import read_report, write_report
+from moefuse.evaluation.rows import TEACHER, Row
 from moefuse.evaluation.run import Quality, evaluate, evaluate_command
 
 LENGTHS = (9, 2, 17, 5, 13)
@@ -164,7 +164,7 @@ def test_a_hopeless_model_still_gives_a_report(sequences: list[Tensor], tmp_path
     logits_V[sequences[0][1]] = 1e5
     found = evaluate({"sure": Constant(logits_V)}, sequences, pad_id=0)["sure"]
     assert found.perplexity == math.inf
-    write_report(tmp_path, {}, [run.Row(method="sure", perplexity=found.perplexity)])
+    write_report(tmp_path, {}, [Row(method="sure", perplexity=found.perplexity)])
     assert read_report(tmp_path)[1][0].perplexity is None
 
 

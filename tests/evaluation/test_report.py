@@ -1,6 +1,5 @@
 import json
 import math
-import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,8 @@ from hypothesis import strategies as st
 
 from moefuse.errors import UserError
 from moefuse.evaluation import report
-from moefuse.evaluation.report import (
-    COLUMNS,
-    Row,
-    human_bytes,
-    machine_meta,
-    markdown_table,
-    read_report,
-    write_report,
-)
+from moefuse.evaluation.report import Row, markdown_table, read_report, write_report
+from moefuse.evaluation.tables import COLUMNS, human_bytes
 
 TEACHER = Row(
     method="teacher", groups=64, expert_bytes=28_800_000, cross_entropy=1.7534, perplexity=5.774
@@ -172,39 +164,3 @@ def test_what_is_no_report_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(UserError, match="is no moefuse report"):
         read_report(tmp_path)
-
-
-# Where it was made
-
-
-def test_meta_tells_versions_and_no_places() -> None:
-    command = (
-        "moefuse eval /home/me/a/student --teacher=/data/t ~/x.txt org/data s/rel --out '/o u'"
-    )
-    meta = machine_meta(command, data={"name": "x"}, extra=1)
-    assert meta["command"] == ("moefuse eval student --teacher=t x.txt org/data s/rel --out 'o u'")
-    assert {"python", "torch", "transformers", "moefuse", "cpu", "cores", "date"} <= set(meta)
-    assert meta["device"] == "cpu" and meta["data"] == {"name": "x"} and meta["extra"] == 1
-    text = json.dumps(meta)
-    assert str(Path.home()) not in text and str(Path(report.__file__).parent) not in text
-
-
-def test_the_commit_is_moefuses_own_or_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = report._commit()
-    assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "src/moefuse/evaluation/report.py"))
-    assert report._commit() is None
-    (tmp_path / ".git").mkdir()
-    assert report._commit() is None
-
-
-def test_a_machine_without_cpu_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "CPU_FACTS", tmp_path / "missing")
-    monkeypatch.setattr(report.platform, "processor", lambda: "arm")
-    assert report._cpu() == "arm"
-
-
-def test_an_absent_package_has_no_version() -> None:
-    assert report._version("no-such-package-here") is None

@@ -49,6 +49,14 @@ class KeptExperts(nn.Module):
         output = self.routed(x_TD.unsqueeze(0))
         return (output[0] if isinstance(output, tuple) else output).reshape(x_TD.shape)
 
+    def block_like(self, block: nn.Module) -> nn.Module:
+        """Return the whole native block with the shared experts of ``block`` put back."""
+        whole = copy.copy(self.routed)
+        whole._modules = dict(self.routed._modules)
+        for name in self.shared_names:
+            setattr(whole, name, getattr(block, name))
+        return whole
+
 
 def native_experts(layer: Layer, gate_up: Tensor, down: Tensor) -> nn.Module:
     """Make a native experts module out of (k, 2F, D) and (k, D, F) weights."""
@@ -82,4 +90,7 @@ def _config_with(layer: Layer, experts: int) -> object:
     config = copy.deepcopy(layer.config)
     setattr(config, layer.family.experts_count_key, experts)
     config.num_experts_per_tok = min(config.num_experts_per_tok, experts)
+    if experts < len(layer.experts.gate_up_EFD) and getattr(config, "n_group", None):
+        # Routers that choose among equal groups first: pruned, the groups have lost their borders.
+        config.n_group = config.topk_group = 1
     return config

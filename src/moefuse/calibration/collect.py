@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moefuse import artifacts
 from moefuse.checkpoint.streaming import StreamedTeacher, without_padding
 from moefuse.console import say, track
+from moefuse.errors import UserError
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
 
@@ -54,9 +55,21 @@ class CalibrationStore:
 
     def all_calls(self, layer: int) -> ExpertsCall:
         """Read every recorded token of one layer into memory."""
-        calls = list(self.calls(layer))
-        names = ("x_TD", "index_TK", "weight_TK", "y_TD")
-        return ExpertsCall(**{name: torch.cat([getattr(c, name) for c in calls]) for name in names})
+        return _joined(list(self.calls(layer)))
+
+    def sample(self, layer: int, tokens: int) -> ExpertsCall:
+        """Read the first ``tokens`` recorded tokens of one layer, or all where there are fewer."""
+        taken: list[ExpertsCall] = []
+        for call in self.calls(layer):
+            taken.append(call)
+            if sum(len(part.x_TD) for part in taken) >= tokens:
+                break
+        return _joined(taken).rows(slice(0, tokens))
+
+
+def _joined(calls: list[ExpertsCall]) -> ExpertsCall:
+    names = ("x_TD", "index_TK", "weight_TK", "y_TD")
+    return ExpertsCall(**{name: torch.cat([getattr(c, name) for c in calls]) for name in names})
 
 
 def collect(teacher: StreamedTeacher, batches: list[Batch], store: CalibrationStore) -> None:
@@ -66,11 +79,16 @@ def collect(teacher: StreamedTeacher, batches: list[Batch], store: CalibrationSt
     complete are not run again.
     """
     moe_layers = teacher.reader.shape.layers
-    if all(store.layer(layer).is_dir() for layer in moe_layers):
-        return
-    artifacts.remove_leftovers(store.directory)
     last = max(moe_layers)
-    passed = _PassedOn(store, _first_unfinished(store, last))
+    finished = all(store.layer(layer).is_dir() for layer in moe_layers)
+    first = last + 1 if finished else _first_unfinished(store, last)
+    artifacts.remove_leftovers(store.directory)
+    # An interruption may have come between the next layer's input and the removal of this one's.
+    for layer in range(1, first):
+        shutil.rmtree(store.hidden(layer), ignore_errors=True)
+    if finished:
+        return
+    passed = _PassedOn(store, first)
     while passed.layer <= last:
         with teacher.loaded(passed.layer) as module:
             if passed.layer in moe_layers:
@@ -164,6 +182,7 @@ def _record_layer(
 
     def heard(number: int) -> None:
         call = without_padding(calls.pop(), batches[number][1])
+        _check_finite(call, passed.layer)
         statistics.add(call, experts)
         artifacts.write_tensors(partial / _batch_file(number), vars(call))
 
@@ -176,6 +195,16 @@ def _record_layer(
             "they follow their group's base."
         )
     artifacts.finish_directory(partial, store.layer(passed.layer))
+
+
+def _check_finite(call: ExpertsCall, layer: int) -> None:
+    for tensor in (call.x_TD, call.y_TD):
+        if not bool(torch.isfinite(tensor).all()):
+            name = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"Layer {layer} of the teacher computes NaN or infinity in {name}; choose another "
+                "--dtype, such as float32."
+            )
 
 
 def layer_experts(teacher: StreamedTeacher, module: nn.Module) -> Experts:

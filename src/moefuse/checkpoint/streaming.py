@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.errors import UserError
 from moefuse.mathematics.experts import ExpertsCall
 
 
@@ -48,6 +49,55 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+def _without_weights(reader: CheckpointReader) -> Any:
+    """Build the model that the configuration means on the meta device."""
+    try:
+        config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False)
+        config.use_cache = False
+        with torch.device("meta"):
+            return getattr(transformers, reader.family.causal_lm)(config)
+    except Exception as error:  # every family checks its own fields in its own way
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise UserError(
+            f"Transformers cannot build the model of the config.json in {reader.source} "
+            f"({reason}); take the configuration from the model's publisher."
+        ) from error
+
+
+def _keep_in_fp32(model: nn.Module) -> None:
+    """Give fp32 back to what ``from_pretrained`` would leave in it, whatever the dtype."""
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if model.dtype == torch.float16:
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if names.intersection(path.split(".")):
+            tensor.data = tensor.data.float()
+
+
+def _check_tensors(model: nn.Module, reader: CheckpointReader) -> None:
+    """Raise ``UserError`` unless the checkpoint has all that the model needs, in its shapes."""
+    family = reader.family
+    stored = {family.module_name(name): tensor for name, tensor in reader.tensors.items()}
+    ties = reader.config.get("tie_word_embeddings", False)
+    tied = (getattr(model, "_tied_weights_keys", None) or {}) if ties else {}
+    # Routed experts lie stacked in the model and singly on disk; the reader checked them.
+    experts = tuple(f"{family.moe_path(n)}.{family.experts_name}." for n in reader.shape.layers)
+    for name, wanted in model.state_dict().items():
+        if name.startswith(experts) or (name in tied and name not in stored):
+            continue
+        if name not in stored:
+            raise UserError(
+                f"{reader.source} lacks the tensor {name!r}, which a {family.model_type} model "
+                "with its config.json needs; download the checkpoint again."
+            )
+        if stored[name].shape != tuple(wanted.shape):
+            raise UserError(
+                f"The tensor {stored[name].name!r} in {reader.source} has the shape "
+                f"{list(stored[name].shape)}, but its config.json means {list(wanted.shape)}; "
+                "configuration and weights are of different models."
+            )
+
+
 class StreamedTeacher:
     """A teacher read layer by layer from ``reader``, computing on ``device`` in ``dtype``."""
 
@@ -55,11 +105,11 @@ class StreamedTeacher:
         self.reader = reader
         self.device = torch.device(device)
         self.dtype = dtype
-        self.config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False)
-        self.config.use_cache = False
-        with torch.device("meta"):
-            model = getattr(transformers, reader.family.causal_lm)(self.config)
+        model = _without_weights(reader)
+        self.config: Any = model.config
         self.model: nn.Module = model.to(dtype).eval()
+        _keep_in_fp32(self.model)
+        _check_tensors(self.model, reader)
         self.backbone: nn.Module = model.base_model
         self.layers = list(self.backbone.layers)  # type: ignore[arg-type]
         self._load_outside()
@@ -112,17 +162,14 @@ class StreamedTeacher:
 
     def _layer_state(self, layer: int) -> dict[str, Tensor]:
         family = self.reader.family
-        state = self.reader.read_layer(layer, experts=False)
+        stored = self.reader.read_layer(layer, experts=False)
         if layer in self.reader.shape.layers:
             path = f"{family.moe_name}.{family.experts_name}"
-            gate_up_EFD, down_EDF = self.reader.read_experts(layer)
-            state[f"{path}.gate_up_proj"] = gate_up_EFD
-            state[f"{path}.down_proj"] = down_EDF
+            gate_up_path, down_path = f"{path}.gate_up_proj", f"{path}.down_proj"
+            stored[gate_up_path], stored[down_path] = self.reader.read_experts(layer)
         expected = self.layers[layer].state_dict()
-        return {
-            name: tensor.to(self.device, expected.get(name, tensor).dtype)
-            for name, tensor in state.items()
-        }
+        # Popped, so that what is stored in another dtype goes as soon as it is converted.
+        return {name: stored.pop(name).to(self.device, expected[name].dtype) for name in expected}
 
     @torch.no_grad()
     def forward_layer(
@@ -141,7 +188,8 @@ class StreamedTeacher:
         experts = module.get_submodule(f"{family.moe_name}.{family.experts_name}")
 
         def hook(_: nn.Module, given: tuple[Tensor, ...], returned: Tensor) -> None:
-            hear(*given[:3], returned)
+            x_TD, index_TK, weight_TK = given[:3]
+            hear(x_TD, index_TK, weight_TK, returned)
 
         handle = experts.register_forward_hook(hook)
         try:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moefuse.config import DistillConfig
-from moefuse.distillation.losses import relative_error
 from moefuse.mathematics.experts import ExpertsCall
+from moefuse.mathematics.losses import measure, power_of, relative_error, student_output
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,6 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def rows_of(call: ExpertsCall, rows: Tensor) -> ExpertsCall:
-    """Return the tokens ``rows`` (integers) of a recorded call."""
-    return ExpertsCall(**{name: tensor[rows] for name, tensor in vars(call).items()})
-
-
-def student_output(student: nn.Module, call: ExpertsCall) -> Tensor:
-    """Run a student on a recorded call: (T, D)."""
-    return student(call.x_TD, call.index_TK.long(), call.weight_TK)
-
-
-@torch.no_grad()
-def measure(student: nn.Module, call: ExpertsCall, power: float, batch_tokens: int) -> float:
-    """Return the student's relative error over all tokens of ``call``."""
-    total = 0.0
-    for rows in torch.arange(len(call.x_TD)).split(batch_tokens):
-        part = rows_of(call, rows)
-        error = relative_error(student_output(student, part), part.y_TD, power)
-        total += float(error) * len(rows)
-    return total / len(call.x_TD)
-
-
 def distill_layer(
     student: nn.Module,
     call: ExpertsCall,
@@ -71,8 +50,8 @@ def distill_layer(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(call.x_TD), generator=generator)
     held = max(1, round(len(order) * options.held_back))
-    aside, training = rows_of(call, order[:held]), order[held:]
-    power = float(call.y_TD.float().square().mean().clamp_min(1e-30))
+    aside, training = call.rows(order[:held]), order[held:]
+    power = power_of(call)
     before = measure(student, aside, power, options.batch_tokens)
     start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
@@ -85,7 +64,7 @@ def distill_layer(
     losses: list[float] = []
     for _ in progress(range(options.steps)):
         rows = training[torch.randint(len(training), (options.batch_tokens,), generator=generator)]
-        part = rows_of(call, rows)
+        part = call.rows(rows)
         loss = relative_error(student_output(student, part), part.y_TD, power)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -100,7 +79,15 @@ def distill_layer(
 
 
 def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
-    deltas = [p for n, p in student.named_parameters() if "delta." in n]
-    others = [p for n, p in student.named_parameters() if "delta." not in n]
-    rates = ((others, options.learning_rate), (deltas, options.delta_learning_rate))
-    return [{"params": params, "lr": rate, "weight_decay": 0.0} for params, rate in rates if params]
+    """Give bases, deltas and scales their own learning rates."""
+    rates = {
+        "delta.": options.delta_learning_rate,
+        "scale": options.scale_learning_rate,
+        "bias": options.scale_learning_rate,
+    }
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            starts = (rate for start, rate in rates.items() if name.startswith(start))
+            groups.setdefault(next(starts, options.learning_rate), []).append(parameter)
+    return [{"params": group, "lr": rate, "weight_decay": 0.0} for rate, group in groups.items()]

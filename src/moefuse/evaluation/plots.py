@@ -12,7 +12,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from moefuse.artifacts import write_atomically
 from moefuse.errors import UserError
-from moefuse.evaluation.report import TEACHER, Row, human_bytes, mean_of, setting, stage_order
+from moefuse.evaluation.rows import TEACHER, Row, mean_of, setting, stage_order
+from moefuse.evaluation.tables import human_bytes
 
 # Okabe and Ito's colours, told apart by colour-blind people; yellow is left out on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

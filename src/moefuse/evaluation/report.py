@@ -6,36 +6,26 @@ plots can be made anew from the JSON file at any time.
 """
 
 import math
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, Literal
-
-import psutil
-import torch
-from rich.markup import escape
-from rich.table import Table
+from typing import Any
 
 from moefuse.artifacts import read_json, write_json, write_text
 from moefuse.errors import UserError
+from moefuse.evaluation.machine import machine_meta
+from moefuse.evaluation.rows import Row
+from moefuse.evaluation.tables import listing, markdown, markdown_table, rich_table
 
-TEACHER = "teacher"
-STAGES = ("one-shot", "distilled", "healed")
-SETTINGS = ("groups", "rank", "bits")
-PACKAGES = ("moefuse", "torch", "transformers", "safetensors", "numpy")
-CPU_FACTS = Path("/proc/cpuinfo")
-# Sizes at one budget differ a little, since experts and ranks come in whole numbers.
-SAME_SIZE = 1.1
-# A directory in front of a file name, wherever an absolute path can start in a command line.
-ABSOLUTE_DIRECTORY = re.compile(r"(?<![\w.\-/])~?/(?:[^\s'\"/]+/)*")
+__all__ = [
+    "Row",
+    "machine_meta",
+    "markdown_table",
+    "read_report",
+    "report_json",
+    "rich_table",
+    "write_report",
+]
 
 
 def write_report(directory: Path, meta: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -96,7 +86,7 @@ def _markdown_report(meta: dict[str, Any], rows: Sequence[Row], *, has_plot: boo
         "whose first choice is the teacher's. Square brackets hold 95 % intervals, bootstrapped "
         "over documents.",
         "## All rows",
-        _markdown(*_listing(rows)) if rows else "",
+        markdown(*listing(rows)) if rows else "",
         "## How this was made",
         "\n".join(facts),
     ]
@@ -107,5 +97,3 @@ def _inline(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_inline(item)}" for key, item in value.items())
     return f"`{value}`" if isinstance(value, str) else str(value)
-
-

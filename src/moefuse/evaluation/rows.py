@@ -55,6 +55,7 @@ class Setting:
         return tuple(-1 if x is None else x for x in (self.groups, self.rank, self.bits))
 
     def label(self, names: Sequence[str]) -> str:
+        """Return the named values that are known, as people read them: ``G = 8, R = 16``."""
         words = {"groups": "G = {}", "rank": "R = {}", "bits": "{:g}-bit"}
         values = {name: getattr(self, name) for name in names}
         return ", ".join(words[name].format(x) for name, x in values.items() if x is not None)
@@ -75,5 +76,3 @@ def mean_of(rows: Iterable[Row], name: str) -> float | None:
     """Return the mean of a row's figure over the rows that have it, or None where none has."""
     values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
     return mean(values) if values else None
-
-

@@ -43,6 +43,7 @@ def _comparison(rows: Sequence[Row], by: str) -> str:
 
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table with right-aligned columns."""
     ruler = ["---:"] * len(titles)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ruler, *lines])
 
@@ -181,5 +182,3 @@ def rich_table(rows: Sequence[Row]) -> Table:
     for cells in zip(titles, *lines, strict=True):
         table.add_row(*map(escape, cells))
     return table
-
-

@@ -54,10 +54,11 @@ def factor_matrices(
     ``weight_M`` (M,) sums to one; ``moment_II`` (I, I) is the second moment of the inputs, used
     when ``options.damping`` is below 1. Returns ``base_OI``, ``b_MOR`` and ``a_MRI``.
     """
-    root_II = inverse_II = None
+    inverse_II, dtype = None, matrix_MOI.dtype
     if moment_II is not None and options.damping < 1:
-        root_II, inverse_II = symmetric_root(damped(moment_II, options.damping))
-        matrix_MOI = matrix_MOI @ root_II
+        # In fp64: the inverse root magnifies rounding where inputs have next to no energy.
+        root_II, inverse_II = symmetric_root(damped(moment_II.double(), options.damping))
+        matrix_MOI, weight_M = matrix_MOI.double() @ root_II, weight_M.double()
     base_OI = torch.tensordot(weight_M, matrix_MOI, dims=1)
     b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, rank)
     for _ in range(options.alternations if rank and len(matrix_MOI) > 1 else 0):
@@ -65,7 +66,7 @@ def factor_matrices(
         b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, rank)
     if inverse_II is not None:
         base_OI, a_MRI = base_OI @ inverse_II, a_MRI @ inverse_II
-    return base_OI, b_MOR, a_MRI
+    return base_OI.to(dtype), b_MOR.to(dtype), a_MRI.to(dtype)
 
 
 def factor_layer(
@@ -104,7 +105,7 @@ def factor_layer(
         experts_M = [_expert(gate_up_EFD[m], down_EDF[m]) for m in members.tolist()]
         if options.align and len(experts_M) > 1:
             experts_M = align_group(experts_M, weight_M)
-        moment = None if moment_DD is None else moment_DD.to(**zeros)
+        moment = None if moment_DD is None else moment_DD.to(gate_up_EFD.device)
         gate_up_MFD = torch.stack([expert.gate_up() for expert in experts_M])
         base, b, a = factor_matrices(gate_up_MFD, weight_M, rank, options, moment)
         state[f"bases.{group}.gate_up_proj.weight"] = base

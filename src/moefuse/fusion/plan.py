@@ -175,14 +175,17 @@ class _Budget:
 def _fit(teacher: Teacher, size: SizeConfig, factor: FactorConfig, budget: _Budget) -> Choice:
     """Fill the budget: first the groups, then the highest rank that still fits."""
 
-    def fits(groups: int, rank: int) -> bool:
+    def counted(groups: int, rank: int) -> Plan:
         layer = LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
-        return budget.measure(_counted(teacher, layer)) <= budget.amount
+        return _counted(teacher, layer)
+
+    def fits(groups: int, rank: int) -> bool:
+        return budget.measure(counted(groups, rank)) <= budget.amount
 
     experts = teacher.shape.experts
     least_rank = size.rank or 0
     if not fits(size.groups or 1, least_rank):
-        smallest = _counted(teacher, LayerPlan(size.groups or 1, least_rank))
+        smallest = counted(size.groups or 1, least_rank)
         raise UserError(
             f"{budget.flag} {budget.wish} is too small: with {size.groups or 1} group(s) at rank "
             f"{least_rank} the model still has {smallest.parameters / 1e9:.3f} B parameters in "

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, K experts chosen per token, E experts, D hidden width,
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,16 @@ class ExpertsCall:
     index_TK: Tensor
     weight_TK: Tensor
     y_TD: Tensor
+
+    def rows(self, rows: Tensor | slice) -> "ExpertsCall":
+        """Return the call for some of its tokens only: integers (N,) or a slice."""
+        return ExpertsCall(**{name: tensor[rows] for name, tensor in vars(self).items()})
+
+    def to(self, device: str | torch.device) -> "ExpertsCall":
+        """Return the call on another device, its floats in fp32."""
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items()}
+        floats = {name: t.float() for name, t in moved.items() if t.is_floating_point()}
+        return ExpertsCall(**{**moved, **floats})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,265 @@
+"""The rivals, compared with what they are said to do, for every family."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from numeric import assert_close
+from tiny import tiny_config, tiny_model
+from torch import Tensor, nn
+
+from moefuse.baselines import Layer, method, method_names
+from moefuse.baselines._native import KeptExperts, MergedExperts
+from moefuse.config import DistillConfig
+from moefuse.distillation.loop import distill_layer
+from moefuse.errors import UserError
+from moefuse.families import all_families
+from moefuse.mathematics.clustering import agglomerate
+from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.mathematics.similarity import mean_output_affinity
+from moefuse.mathematics.statistics import LayerStatistics
+
+FAMILIES = sorted(all_families())
+E, K, D = 8, 2, 32
+SCORES = torch.tensor([0.5, 3.0, 1.0, 0.2, 2.0, 2.5, 0.1, 4.0], dtype=torch.float64)
+BY_SCORE = [7, 1, 5, 4, 2, 0, 3, 6]
+
+
+def inputs() -> Tensor:
+    return torch.randn(1200, D, generator=torch.Generator().manual_seed(0))
+
+
+def layer_of(block: nn.Module, model_type: str, config: object = None) -> Layer:
+    family = all_families()[model_type]
+    native = block.get_submodule(family.experts_name)
+    experts = Experts(native.gate_up_proj.data, native.down_proj.data, native.act_fn)  # type: ignore
+    statistics = LayerStatistics.empty(E, D)
+    with torch.no_grad():
+        statistics.add(teacher_call(block, model_type), experts)
+    return Layer(family, config or tiny_config(model_type), block, experts, statistics)
+
+
+@torch.no_grad()
+def teacher_call(block: nn.Module, model_type: str) -> ExpertsCall:
+    """Record what the native block gives its experts and what they return."""
+    heard = []
+    experts = block.get_submodule(all_families()[model_type].experts_name)
+    handle = experts.register_forward_hook(lambda _, given, out: heard.append((*given[:3], out)))
+    block(inputs()[None])
+    handle.remove()
+    ((x_TD, index_TK, weight_TK, y_TD),) = heard
+    return ExpertsCall(x_TD.reshape(-1, D), index_TK, weight_TK, y_TD.reshape(-1, D))
+
+
+@cache
+def native_block(model_type: str) -> nn.Module:
+    return tiny_model(model_type).get_submodule(all_families()[model_type].moe_path(2))
+
+
+def compressed(model_type: str, name: str, experts: int) -> nn.Module:
+    return method(name)(layer_of(native_block(model_type), model_type), experts)
+
+
+def output(student: nn.Module, call: ExpertsCall) -> Tensor:
+    with torch.no_grad():
+        return student(call.x_TD, call.index_TK.long(), call.weight_TK)
+
+
+def with_scores(layer: Layer, score_E: Tensor) -> Layer:
+    layer.statistics.weighted_norm_E = score_E * layer.statistics.count_E.clamp_min(1.0)
+    assert_close(layer.statistics.mean_weighted_norm_E, score_E)
+    return layer
+
+
+def test_the_methods_are_found_by_listing() -> None:
+    assert {"reap", "hc-smoe"} <= set(method_names())
+    assert all(callable(method(name)) for name in method_names())
+
+
+@pytest.mark.parametrize("name", ["best", "_native", "hc_smoe"])
+def test_an_unknown_method_is_told_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UserError, match=rf"no method '{name}'; choose from .*reap"):
+        method(name)
+
+
+# REAP.
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("experts", [1, 2, 5, 8])
+def test_reap_keeps_the_experts_of_highest_score(model_type: str, experts: int) -> None:
+    block = native_block(model_type)
+    layer = with_scores(layer_of(block, model_type), SCORES)
+    kept = sorted(BY_SCORE[:experts])
+
+    student = method("reap")(layer, experts)
+
+    assert isinstance(student, KeptExperts)
+    native = student.routed.get_submodule(layer.family.experts_name)
+    assert torch.equal(native.gate_up_proj.data, layer.experts.gate_up_EFD[kept])  # type: ignore[union-attr, index]
+    assert torch.equal(native.down_proj.data, layer.experts.down_EDF[kept])  # type: ignore[union-attr, index]
+    router = student.routed.get_submodule(layer.family.router_name)
+    original = block.get_submodule(layer.family.router_name)
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(router.state_dict()[name], tensor[kept])
+
+
+def test_ties_keep_the_lower_numbers() -> None:
+    layer = with_scores(layer_of(native_block("mixtral"), "mixtral"), torch.ones(E).double())
+
+    student = method("reap")(layer, 3)
+
+    native = student.get_submodule("routed.experts")
+    assert torch.equal(native.gate_up_proj.data, layer.experts.gate_up_EFD[:3])  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - {"deepseek_v3"}))
+@pytest.mark.parametrize("experts", [1, 3, 6])
+@torch.no_grad()
+def test_reap_routes_as_the_native_router_with_those_rows(model_type: str, experts: int) -> None:
+    block = native_block(model_type)
+    layer = with_scores(layer_of(block, model_type), SCORES)
+    kept = torch.tensor(sorted(BY_SCORE[:experts]))
+    call = teacher_call(block, model_type)
+    router = copy.deepcopy(block.get_submodule(layer.family.router_name))
+    router.weight = nn.Parameter(router.weight[kept])  # type: ignore[index]
+    router.num_experts, router.top_k = experts, min(K, experts)  # type: ignore[assignment]
+    _, weight_TK, index_TK = router(call.x_TD)
+    native = block.get_submodule(layer.family.experts_name)
+
+    student = method("reap")(layer, experts)
+
+    expected = native(call.x_TD, kept[index_TK], weight_TK)
+    assert_close(output(student, call), expected)
+
+
+@pytest.mark.parametrize("experts", [2, 3, 5, 7])
+@torch.no_grad()
+def test_reap_frees_a_router_that_chose_groups_of_experts_first(experts: int) -> None:
+    """Pruned, the groups have lost their borders; the router chooses among all that are left."""
+    block = native_block("deepseek_v3")
+    assert block.get_submodule("gate").num_group == 2
+    layer = with_scores(layer_of(block, "deepseek_v3"), SCORES)
+    kept = torch.tensor(sorted(BY_SCORE[:experts]))
+    call = teacher_call(block, "deepseek_v3")
+    gate = block.get_submodule("gate")
+    scores_TE = (call.x_TD @ gate.weight[kept].T).sigmoid()  # type: ignore[index]
+    chosen_by_TE = scores_TE + gate.e_score_correction_bias[kept]  # type: ignore[index]
+    index_TK = chosen_by_TE.topk(min(K, experts)).indices
+    weight_TK = scores_TE.gather(1, index_TK)
+    weight_TK = weight_TK / weight_TK.sum(1, keepdim=True) * gate.routed_scaling_factor
+
+    student = method("reap")(layer, experts)
+
+    expected = block.get_submodule("experts")(call.x_TD, kept[index_TK], weight_TK)
+    assert_close(output(student, call), expected)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_reap_with_every_expert_kept_is_the_teacher(model_type: str) -> None:
+    call = teacher_call(native_block(model_type), model_type)
+
+    student = compressed(model_type, "reap", E)
+
+    assert_close(output(student, call), call.y_TD)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_reap_in_the_place_of_its_block_keeps_the_shared_experts(model_type: str) -> None:
+    block = native_block(model_type)
+    student = compressed(model_type, "reap", E)
+    assert isinstance(student, KeptExperts)
+
+    whole = student.block_like(block)
+
+    assert_close(whole(inputs()[None]), block(inputs()[None]))
+    call = teacher_call(block, model_type)
+    assert_close(output(student, call), call.y_TD)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("name", ["reap", "hc-smoe"])
+def test_distilling_a_rival_lowers_its_error_and_leaves_the_teacher_alone(
+    model_type: str, name: str
+) -> None:
+    block = native_block(model_type)
+    before = {n: t.clone() for n, t in block.state_dict().items()}
+    call = teacher_call(block, model_type)
+    student = compressed(model_type, name, 4)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(0.7 if parameter.requires_grad else 1.0)
+    untouched = {n: t.clone() for n, t in student.state_dict().items() if not n.endswith("_proj")}
+
+    result = distill_layer(student, call, DistillConfig(steps=80, batch_tokens=128, held_back=0.2))
+
+    assert result.after < 0.95 * result.before
+    after = block.state_dict()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+    trained = student.state_dict()
+    assert all(torch.equal(trained[n], t) for n, t in untouched.items()), "experts alone train"
+
+
+# HC-SMoE.
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_hc_smoe_with_every_expert_kept_is_the_teacher(model_type: str) -> None:
+    call = teacher_call(native_block(model_type), model_type)
+
+    student = compressed(model_type, "hc-smoe", E)
+
+    assert_close(output(student, call), call.y_TD)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_hc_smoe_merges_equal_experts_exactly(model_type: str) -> None:
+    block = copy.deepcopy(native_block(model_type))
+    experts = block.get_submodule(all_families()[model_type].experts_name)
+    twin_of = torch.tensor([0, 1, 0, 3, 1, 0, 3, 7])
+    for parameter in (experts.gate_up_proj, experts.down_proj):
+        parameter.data = parameter.data[twin_of]  # type: ignore[union-attr, index, assignment]
+    call = teacher_call(block, model_type)
+
+    student = method("hc-smoe")(layer_of(block, model_type), 4)
+
+    assert isinstance(student, MergedExperts)
+    assert student.merged_of_expert.tolist() == [0, 1, 0, 2, 1, 0, 2, 3]
+    assert_close(output(student, call), call.y_TD)
+
+
+def test_hc_smoe_merges_by_how_often_each_is_chosen() -> None:
+    layer = layer_of(native_block("mixtral"), "mixtral")
+    layer.statistics.coactivation_EE[3, 3] = 0  # as if never chosen
+    count_E = layer.statistics.count_E
+    cluster_E = agglomerate(mean_output_affinity(layer.statistics.mean_output_ED), 3)
+
+    student = method("hc-smoe")(layer, 3)
+
+    assert isinstance(student, MergedExperts)
+    assert torch.equal(student.merged_of_expert, cluster_E)
+    for cluster in range(3):
+        members = (cluster_E == cluster).nonzero().flatten()
+        share = (count_E[members] / count_E[members].sum()).float()
+        expected = torch.tensordot(share, layer.experts.down_EDF[members], dims=1)
+        assert_close(student.native.down_proj.data[cluster], expected)  # type: ignore[union-attr, index]
+
+
+def test_hc_smoe_merges_clusters_that_no_token_chose() -> None:
+    layer = layer_of(native_block("mixtral"), "mixtral")
+    layer.statistics.coactivation_EE.zero_()
+
+    student = method("hc-smoe")(layer, 1)
+
+    expected = layer.experts.down_EDF.mean(0)
+    assert_close(student.native.down_proj.data[0], expected)  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("name", ["reap", "hc-smoe"])
+def test_compressing_twice_gives_the_same_bits(name: str) -> None:
+    first, second = (compressed("qwen2_moe", name, 3).state_dict() for _ in range(2))
+
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
