@@ -1,7 +1,11 @@
 """Killed at any instant, the same command goes on and gives the same bytes."""
 
 import random
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from tiny import save_tiny
 
 SEED = 5
 STAGES = ("calibration-", "groups-", "factors-", "distilled-", "student.partial", "removal")
+INTERRUPTED = "moefuse: interrupted; the same command goes on from here."
 
 
 @dataclass(frozen=True)
@@ -21,20 +26,32 @@ class Job:
     student: dict[str, bytes]
     changes: list[list[str]]
 
-    def fuse(self, folder: Path, *more: str | Path, die_at: int | None = None) -> int:
+    def arguments(self, folder: Path) -> list[str | Path]:
         checkpoint, *settings = self.command
-        log, out = folder / "log", folder / "student"
-        return run_elsewhere(log, "fuse", checkpoint, out, *settings, *more, die_at=die_at)
+        return ["fuse", checkpoint, folder / "student", *settings]
+
+    def fuse(
+        self,
+        folder: Path,
+        *more: str | Path,
+        die_at: int | None = None,
+        by: signal.Signals = signal.SIGKILL,
+    ) -> int:
+        return run_elsewhere(folder / "log", *self.arguments(folder), *more, die_at=die_at, by=by)
 
     def instants(self, stage: str) -> list[int]:
         """Return which changes belong to a stage, counted from 1."""
-        of_stage = [at for at, (_, path) in enumerate(self.changes, start=1) if stage in path]
-        if stage != "removal":
-            return of_stage
-        out_appears = max(
-            at for at, (_, path) in enumerate(self.changes, start=1) if "student.partial" in path
-        )
-        return list(range(out_appears + 1, len(self.changes) + 1))
+        paths = list(enumerate((path for _, path in self.changes), start=1))
+        appears = max(at for at, path in paths if "student.partial" in path)
+        if stage == "removal":
+            return list(range(appears + 1, len(paths) + 1))
+        return [at for at, path in paths if stage in path and at <= appears]
+
+    def sample(self, stage: str, count: int = 4) -> list[int]:
+        """Choose a stage's first and last instant and some between, the same ones every time."""
+        instants = self.instants(stage)
+        between = random.Random(SEED).sample(instants[1:-1], min(count - 2, len(instants) - 2))
+        return sorted({instants[0], instants[-1], *between})
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +71,16 @@ def assert_finished(job: Job, folder: Path) -> None:
     assert left == {"student"}
 
 
-def sample(job: Job, stage: str, count: int = 4) -> list[int]:
-    """Choose a stage's first and last instant and some between, the same ones every time."""
-    instants = job.instants(stage)
-    between = random.Random(SEED).sample(instants[1:-1], min(count - 2, len(instants) - 2))
-    return sorted({instants[0], instants[-1], *between})
+def new_folder(parent: Path, name: int | str) -> Path:
+    folder = parent / str(name)
+    folder.mkdir()
+    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_in_any_stage(job: Job, stage: str, tmp_path: Path) -> None:
-    for at in sample(job, stage):
-        folder = tmp_path / str(at)
-        folder.mkdir()
+    for at in job.sample(stage):
+        folder = new_folder(tmp_path, at)
 
         assert job.fuse(folder, die_at=at) == -signal.SIGKILL
         assert (folder / "student").exists() == (stage == "removal")
@@ -76,11 +91,10 @@ def test_killed_in_any_stage(job: Job, stage: str, tmp_path: Path) -> None:
 
 def test_killed_between_two_renames(job: Job, tmp_path: Path) -> None:
     renames = [at for at, (kind, _) in enumerate(job.changes, start=1) if kind == "os.rename"]
-    for at in random.Random(SEED).sample(renames, 6):
-        folder = tmp_path / str(at)
-        folder.mkdir()
+    for at in random.Random(SEED).sample(renames, 4):
+        folder = new_folder(tmp_path, at)
 
-        # The change after a rename: the renamed file is there and nothing that follows from it.
+        # Before the change that follows a rename: the renamed is there, nothing else of it is.
         assert job.fuse(folder, die_at=at + 1) == -signal.SIGKILL
         assert job.fuse(folder) == 0, (at, (folder / "log").read_text())
         assert_finished(job, folder)
@@ -93,3 +107,103 @@ def test_killed_again_and_again(job: Job, tmp_path: Path) -> None:
         assert kills < 20
     assert kills > 2
     assert_finished(job, tmp_path)
+
+
+def test_killed_after_the_output_appeared_with_a_kept_work_directory(
+    job: Job, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    assert job.fuse(tmp_path, "--work", work) == 0
+    written = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+
+    assert job.fuse(tmp_path, "--work", work) == 0
+
+    assert contents(tmp_path / "student") == job.student
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert changes(tmp_path / "log") == []
+
+
+@pytest.mark.parametrize("stage", ["calibration-", "distilled-", "student.partial"])
+def test_interrupted_from_the_keyboard(job: Job, stage: str, tmp_path: Path) -> None:
+    instants = job.instants(stage)
+    at = instants[len(instants) // 2]
+
+    assert job.fuse(tmp_path, die_at=at, by=signal.SIGINT) == 130
+    words = (tmp_path / "log").read_text().splitlines()
+    assert words[-1] == INTERRUPTED
+    assert not any("Traceback" in line for line in words)
+
+    assert job.fuse(tmp_path) == 0
+    assert_finished(job, tmp_path)
+
+
+def test_overwriting_leaves_the_old_or_the_new_whole(job: Job, tmp_path: Path) -> None:
+    old = {"config.json": b"{}", "deep/er": b"too", "model.safetensors": b"old"}
+
+    def with_old(name: int | str) -> Path:
+        folder = new_folder(tmp_path, name)
+        for path, text in old.items():
+            target = folder / "student" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(text)
+        return folder
+
+    assert job.fuse(with_old("whole"), "--overwrite") == 0
+    assert_finished(job, tmp_path / "whole")
+    done = enumerate(changes(tmp_path / "whole" / "log"), start=1)
+    aside = next(at for at, (_, path) in done if path.endswith("/student"))
+    found = []
+    for at in range(aside, aside + 5):
+        folder = with_old(at)
+        assert job.fuse(folder, "--overwrite", die_at=at) == -signal.SIGKILL
+        found.append(contents(folder / "student"))
+        assert job.fuse(folder, "--overwrite") == 0
+        assert_finished(job, folder)
+    assert found == [old, {}, job.student, job.student, job.student]
+
+
+# Through the command itself, as a user would.
+
+
+def start(job: Job, folder: Path, *more: str) -> subprocess.Popen[str]:
+    program = Path(sys.executable).with_name("moefuse")
+    command = [str(part) for part in (program, *job.arguments(folder), *more)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not any(folder.glob(pattern)):
+        assert process.poll() is None, "it ended too soon"
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_the_command_itself_is_killed_and_goes_on(job: Job, tmp_path: Path) -> None:
+    with start(job, tmp_path) as process:
+        wait_for(tmp_path, "student.work/calibration-*/layer-001", process)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "student").exists()
+
+    with start(job, tmp_path) as process:
+        _, err = process.communicate(timeout=120)
+
+    assert process.returncode == 0, err
+    assert "Checking weights" not in err
+    assert "Calibrate layer 0" not in err
+    assert_finished(job, tmp_path)
+
+
+def test_the_command_itself_is_interrupted(job: Job, tmp_path: Path) -> None:
+    with start(job, tmp_path, "--steps", "1000000") as process:
+        wait_for(tmp_path, "student.work/factors-*/layer-002.safetensors", process)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == INTERRUPTED
+    assert "Traceback" not in err
+    shutil.rmtree(tmp_path / "student.work")
+    assert not any(tmp_path.iterdir())

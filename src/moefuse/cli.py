@@ -220,6 +220,95 @@ def assemble_command(
     job.assemble(out)
 
 
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory or hub id, fused or not.")],
+    teacher: Annotated[str | None, typer.Option(help="The checkpoint it was made from.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Held-out text: a file, a folder, JSONL or a hub data set."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens to measure on.")] = 65_536,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in one sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one batch.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype to compute in. [default: stored]")
+    ] = None,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Measure a model on held-out text, and how close it stays to its teacher."""
+    from moefuse.devices import choose_device
+    from moefuse.evaluation.run import evaluate_command
+
+    report = evaluate_command(
+        model,
+        teacher,
+        data,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        device=choose_device(device),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_json(report.to_json()) if json_ else _show(report.table())
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory or hub id, fused or not.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to complete.")] = None,
+    infill: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Text before and text after what is to be inserted.", metavar="P S"),
+    ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(help="A message to answer; an empty one starts a conversation."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of likely tokens to draw from.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype to compute in. [default: stored]")
+    ] = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Complete, insert or chat with a model, printing tokens as they come."""
+    from moefuse.devices import choose_device
+    from moefuse.evaluation.generate import Decoding, generate_command
+
+    generate_command(
+        model,
+        prompt=prompt,
+        infill_around=infill,
+        chat_message=chat,
+        decoding=Decoding(max_new_tokens, temperature, top_p, seed),
+        device=choose_device(device),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Argument(help="Directory for checkpoints and report.")],
+    overwrite: Overwrite = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Fuse the bundled teacher to four sizes and compare with two rivals."""
+    from moefuse.demo.run import run_demo
+    from moefuse.evaluation.report import rich_table
+
+    result = run_demo(out, overwrite=overwrite, device=device)
+    _show(rich_table(result.rows))
+    typer.echo(f"Report, plot and checkpoints are in {out} ({result.seconds:.0f} s).")
+
+
 def main() -> None:
     """Run the command line; exit status 2 for a mistake of the user's."""
     # Readers of a checkpoint's progress have our own bars; the libraries' would interleave.

@@ -8,21 +8,22 @@ number of a comparison comes from one run.
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefuse import artifacts
+from moefuse import artifacts, corpus
 from moefuse.baselines import Layer, method
 from moefuse.baselines._native import KeptExperts
 from moefuse.console import track
 from moefuse.distillation.loop import distill_layer
-from moefuse.evaluation.report import Row
-from moefuse.evaluation.run import Quality
+from moefuse.evaluation.rows import TEACHER, Row
+from moefuse.evaluation.run import Quality, evaluate, load_model
 from moefuse.families import Family
 from moefuse.pipeline import Job, peak_memory
 
@@ -182,8 +183,71 @@ def teacher_row(job: Job, quality: Quality) -> Row:
     sizes = job.sizes
     experts = sizes.expert_parameters * sizes.itemsize
     return replace(
-        quality_row("teacher", quality),
+        quality_row(TEACHER, quality),
         parameters=sizes.parameters,
         expert_bytes=experts,
         total_bytes=sizes.outside_bytes + experts,
     )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that nothing was fitted to: ``sequences`` of token ids, 1-D int64, and of which
+    document each is."""
+
+    source: str
+    sequences: list[Tensor]
+    documents: list[int]
+
+    @classmethod
+    def read(cls, source: Path, job: Job, tokens: int) -> "HeldOut":
+        """Read at most ``tokens`` tokens of ``source``, cut as the job's calibration text is."""
+        windows = corpus.tokenize_by_document(
+            corpus.load_documents(source),
+            job.tokenizer,
+            job.calibration.sequence_length,
+            limit_tokens=tokens,
+        )
+        sequences = [window for document in windows for window in document]
+        documents = [number for number, document in enumerate(windows) for _ in document]
+        return cls(source.name, sequences, documents)
+
+    def to_json(self) -> dict[str, Any]:
+        """Say which text this is, without where it lies."""
+        tokens = [sequence.tolist() for sequence in self.sequences]
+        return {
+            "name": self.source,
+            "documents": len(set(self.documents)),
+            "tokens": sum(len(sequence) for sequence in tokens),
+            "fingerprint": artifacts.fingerprint(tokens),
+        }
+
+
+def measure_contenders(job: Job, contenders: list[Contender], held_out: HeldOut) -> list[Row]:
+    """Measure the teacher and all contenders in lockstep; the teacher's row comes first."""
+    teacher, _ = load_model(job.reader.directory, dtype="float32", device=job.device)
+    family = job.reader.family
+    models = {c.name: model_with(teacher, family, c.students) for c in contenders}
+    found = evaluate(
+        {TEACHER: teacher, **models},
+        held_out.sequences,
+        teacher=teacher,
+        documents=held_out.documents,
+        pad_id=0,
+        device=job.device,
+        description="Evaluate",
+    )
+    rows = [contender_row(job, contender, found[contender.name]) for contender in contenders]
+    return [teacher_row(job, found[TEACHER]), *rows]
+
+
+def contenders_at(
+    job: Job, rival_names: Sequence[str], *, rivals_distilled: bool
+) -> list[Contender]:
+    """Make every contender at one job's bytes: this design at both stages, and the rivals."""
+    for stage in (job.calibrate, job.group, job.factor, job.distill):
+        stage()
+    found = [fused(job, ONE_SHOT), fused(job, DISTILLED)]
+    for name in rival_names:
+        found += rivals(job, name, distilled=rivals_distilled)
+    return found

@@ -148,7 +148,7 @@ def test_reap_frees_a_router_that_chose_groups_of_experts_first(experts: int) ->
     chosen_by_TE = scores_TE + gate.e_score_correction_bias[kept]  # type: ignore[index]
     index_TK = chosen_by_TE.topk(min(K, experts)).indices
     weight_TK = scores_TE.gather(1, index_TK)
-    weight_TK = weight_TK / weight_TK.sum(1, keepdim=True) * gate.routed_scaling_factor
+    weight_TK = weight_TK / weight_TK.sum(1, keepdim=True) * float(gate.routed_scaling_factor)  # type: ignore[arg-type]
 
     student = method("reap")(layer, experts)
 

@@ -122,7 +122,8 @@ def test_a_planted_difference_is_recovered_behind_permuted_and_flipped_neurons()
     hidden = []
     for number in range(E):
         generator = torch.Generator().manual_seed(number)
-        expert = ExpertWeights(*gate_up_EFD[number].chunk(2), base_down[GROUPS[number]])
+        gate_FD, up_FD = gate_up_EFD[number].chunk(2)
+        expert = ExpertWeights(gate_FD, up_FD, base_down[GROUPS[number]])
         order_F = torch.randperm(F, generator=generator)
         sign_F = torch.randint(2, (F,), generator=generator) * 2.0 - 1
         hidden.append(expert.permuted(order_F, sign_F))
