@@ -317,6 +317,8 @@ def test_a_tokenizer_of_another_model(desk: Desk) -> None:
         (("--device", "abacus"), "--device is 'abacus'; choose auto or cpu, cuda"),
         (("--device", "meta"), "--device is 'meta'; choose auto or cpu, cuda"),
         (("--grouping", "nonsense"), "--grouping is 'nonsense'; choose from coactivation"),
+        (("--base", "nonsense"), "--base is 'nonsense'; choose from"),
+        (("--base", "neurons", "--no-scale"), "--base neurons needs scales"),
         (("--held-back", "1.5"), "--held-back is 1.5; it must be at most 0.5"),
         (("--damping", "2"), "--damping is 2.0; it must be at most 1"),
         (("--damping", "nan"), "--damping is nan; it must be a finite number"),

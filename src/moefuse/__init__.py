@@ -10,8 +10,8 @@ The library's functions follow the stages of the job::
     model = moefuse.load("student")                       # a Transformers model
     moefuse.evaluate("student", teacher="path/to/moe", data="held_out.jsonl")
 
-``calibrate``, ``group``, ``factor``, ``distill`` and ``assemble`` are ``fuse``'s stages, one by one.
-They are imported when first used, so that ``import moefuse`` costs nothing.
+``calibrate``, ``group``, ``factor``, ``distill`` and ``assemble`` are ``fuse``'s stages, one by
+one. All are imported when first used, so that ``import moefuse`` costs nothing.
 """
 
 import importlib

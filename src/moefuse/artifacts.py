@@ -62,12 +62,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write CPU tensors as one safetensors file; the same tensors give the same bytes."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as one safetensors file; the same tensors give the same bytes."""
     ordered = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
-    details = {"format": "pt", **(metadata or {})}
+    # Not more than this one entry: safetensors writes several in an order that changes.
+    details = {"format": "pt"}
     write_atomically(path, lambda temporary: save_file(ordered, temporary, metadata=details))
 
 
@@ -100,7 +99,8 @@ def finish_directory(partial: Path, path: Path) -> None:
 
 def remove_replaced(path: Path) -> None:
     """Remove what ``finish_directory`` moved aside, should an interruption have left it there."""
-    shutil.rmtree(path.with_name(path.name + REPLACED_SUFFIX), ignore_errors=True)
+    older = path.with_name(path.name + REPLACED_SUFFIX)
+    older.unlink() if older.is_symlink() else shutil.rmtree(older, ignore_errors=True)
 
 
 def remove_leftovers(directory: Path) -> None:

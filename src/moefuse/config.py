@@ -101,6 +101,12 @@ class FactorConfig:
     scale: bool = setting(True, "Give every expert a scale per neuron.")
     bias: bool = setting(False, "Give every expert a bias per neuron.")
 
+    def __post_init__(self) -> None:
+        if self.base == "neurons" and not self.scale:
+            raise UserError(
+                "--base neurons needs scales; leave out --no-scale or choose --base mean."
+            )
+
 
 @dataclass(frozen=True)
 class DistillConfig:

@@ -234,6 +234,14 @@ class Job:
         settings = [asdict(self.distillation), self.compute.seed]
         return self._directory("distilled", self.factors_directory.name, settings)
 
+    @property
+    def output_mark(self) -> str:
+        """What tells this job's output from every other's."""
+        return self._mark(self.distilled_directory)
+
+    def _mark(self, directory: Path) -> str:
+        return f"{directory.name}-{self.max_shard_bytes}"
+
     # The stages.
 
     def check_apart(self, out: Path) -> None:
@@ -334,7 +342,7 @@ class Job:
             out,
             dtype=self.stored,
             max_shard_bytes=self.max_shard_bytes,
-            job=directory.name,
+            job=self._mark(directory),
             card=model_card(
                 out.name,
                 Path(self.reader.source).name,
@@ -496,7 +504,7 @@ def _is_output_of(out: Path, job: Job) -> bool:
     if not (job.work.exists() and path.is_file()):
         return False
     try:
-        return artifacts.read_json(path)["moefuse"]["job"] == job.distilled_directory.name
+        return artifacts.read_json(path)["moefuse"]["job"] == job.output_mark
     except (ValueError, KeyError, TypeError):
         return False
 

@@ -16,8 +16,8 @@ from moefuse.distillation.loop import (
     measure,
     student_output,
 )
-from moefuse.mathematics.losses import relative_error
 from moefuse.mathematics.experts import ExpertsCall
+from moefuse.mathematics.losses import relative_error
 from moefuse.modeling import FusedExperts
 
 T, K, E, G, R, D, F = 600, 2, 6, 2, 3, 8, 6
@@ -185,14 +185,21 @@ def test_two_tokens_are_enough() -> None:
     assert all(parameter.isfinite().all() for parameter in student.parameters())
 
 
-def test_bases_and_deltas_have_rates_of_their_own() -> None:
+@pytest.mark.parametrize("still", ["learning_rate", "delta_learning_rate", "scale_learning_rate"])
+def test_bases_deltas_and_scales_have_rates_of_their_own(still: str) -> None:
+    starts = {
+        "learning_rate": "bases.",
+        "delta_learning_rate": "delta.",
+        "scale_learning_rate": ("scale", "bias"),
+    }
     student = perturbed()
 
-    distill_layer(student, CALL, replace(OPTIONS, steps=3, learning_rate=0.0))
+    distill_layer(student, CALL, replace(OPTIONS, steps=10, **{still: 0.0}))
 
+    assert not same_bits(student, perturbed())
     for name, parameter in student.named_parameters():
         unchanged = torch.equal(parameter, perturbed().get_parameter(name))
-        assert unchanged == (not name.startswith("delta."))
+        assert unchanged == name.startswith(starts[still])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 7, 599, 5000])

@@ -119,7 +119,8 @@ def test_lite_has_the_size_that_transformers_builds() -> None:
 def test_lite_students_have_the_sizes_of_the_design(
     groups: int, sizes: tuple[str, str, str]
 ) -> None:
-    plans = [planned(lite(), groups=groups, rank=rank) for rank in (0, 8, 32)]
+    bare = FactorConfig(scale=False)
+    plans = [planned(lite(), bare, groups=groups, rank=rank) for rank in (0, 8, 32)]
 
     assert tuple(billions(plan.parameters) for plan in plans) == sizes
     for plan in plans:
@@ -132,6 +133,15 @@ def test_one_rank_on_every_expert_costs_13_84_million() -> None:
     sizes = [planned(lite(), groups=8, rank=rank).parameters for rank in (7, 8)]
 
     assert f"{(sizes[1] - sizes[0]) / 1e6:.2f}" == "13.84"
+
+
+def test_a_scale_per_neuron_costs_two_numbers_for_every_neuron_of_every_expert() -> None:
+    with_scale, bare = (
+        planned(lite(), FactorConfig(scale=scale), groups=8, rank=8).parameters
+        for scale in (True, False)
+    )
+
+    assert with_scale - bare == 26 * 64 * 2 * 1408
 
 
 # What is planned is what is made.

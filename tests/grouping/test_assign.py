@@ -62,7 +62,7 @@ def chosen_within_groups() -> Tensor:
     """Every token chooses among the experts of one planted group."""
     rows = []
     for number in range(300):
-        members = (number % 3 == PLANTED).nonzero().flatten()
+        members = PLANTED.eq(number % 3).nonzero().flatten()
         order = torch.randperm(len(members), generator=torch.Generator().manual_seed(number))
         rows.append(members[order[:K]])
     return torch.stack(rows)

@@ -58,6 +58,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Students:
         "rank": 3,
         "scale": True,
         "bias": True,
+        "base": "mean",  # every delta then starts as something, never as B = 0
         "steps": 5,
         "batch_tokens": 64,
         "max_shard": "40KB",

@@ -61,7 +61,7 @@ def main(out: Path, student: Path, saved_again: Path) -> None:
     config = AutoConfig.from_pretrained(student, trust_remote_code=True)
     facts["config"] = {"class": type(config).__name__, "model_type": config.model_type}
     base = AutoModel.from_pretrained(student, trust_remote_code=True)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
         student, trust_remote_code=True, output_loading_info=True
     )
     facts["found"] = {key: sorted(map(str, value)) for key, value in found.items() if value}

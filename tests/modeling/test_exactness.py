@@ -112,7 +112,8 @@ def test_gradients_reach_the_layers_before() -> None:
     found = []
     for module in (student, native):
         x_TD, index_TK, w_TK = call()
-        x_TD.requires_grad_(), w_TK.requires_grad_()
+        x_TD.requires_grad_()
+        w_TK.requires_grad_()
         found.append(torch.autograd.grad(module(x_TD, index_TK, w_TK).sum(), [x_TD, w_TK]))
 
     for actual, expected in zip(*found, strict=True):

@@ -44,7 +44,7 @@ def student_config(
     }
     dropped = {"quantization_config", "torch_dtype", "dtype", "transformers_version"}
     return {
-        **{key: value for key, value in config.items() if key not in dropped},
+        **{key: value for key, value in with_rope_parameters(config).items() if key not in dropped},
         "architectures": [CLASS_PREFIX + family.causal_lm],
         "model_type": MODEL_TYPE_PREFIX + family.model_type,
         "auto_map": {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()},
@@ -56,6 +56,23 @@ def student_config(
             "layers": {str(layer): asdict(plan) for layer, plan in layers.items()},
         },
     }
+
+
+def with_rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Spell the rotary settings as Transformers v5 does, ``rope_theta`` among ``rope_parameters``.
+
+    Published configurations have ``rope_scaling`` and ``rope_theta`` apart, which v5 still reads
+    for model types it knows natively but not, without consent to remote code, for ours.
+    """
+    old = {"rope_scaling", "rope_theta"}
+    if "rope_parameters" in config or not old & config.keys():
+        return config
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("type", None)
+    parameters = {"rope_type": scaling.get("rope_type", kind or "default"), **scaling}
+    if "rope_theta" in config:
+        parameters["rope_theta"] = config["rope_theta"]
+    return {**{k: v for k, v in config.items() if k not in old}, "rope_parameters": parameters}
 
 
 def student_tensors(

@@ -105,6 +105,9 @@ def fit_down(experts: Experts, call: ExpertsCall, state: dict[str, Tensor], grou
     """
     z_TB = torch.cat(list(base_features(experts, call, state, groups)), dim=1)
     solution_BD = ridge_solve(z_TB.T @ z_TB, z_TB.T @ call.y_TD).to(z_TB.dtype)
+    # What no token reached keeps its own down projection: the solution would silence it.
+    own_BD = torch.cat([state[f"bases.{group}.down_proj.weight"].T for group in range(groups)])
+    solution_BD = torch.where(z_TB.any(0).unsqueeze(-1), solution_BD, own_BD)
     for group, down_FD in enumerate(solution_BD.chunk(groups)):
         state[f"bases.{group}.down_proj.weight"] = down_FD.T.contiguous()
     return call.y_TD - z_TB @ solution_BD
@@ -159,18 +162,20 @@ def _bases(
 
 
 def _fit_all_gains(experts: Experts, call: ExpertsCall, state: dict[str, Tensor]) -> None:
-    """Fit every expert's gains; one that was never routed takes the mean of the others'."""
+    """Fit every expert's gains; one that was never routed takes the mean of its group's."""
     gains: dict[int, Tensor] = {}
-    for expert, group in enumerate(state["group_of_expert"].tolist()):
+    group_of_expert = state["group_of_expert"].tolist()
+    for expert, group in enumerate(group_of_expert):
         if bool((call.index_TK == expert).any()):
             base = f"bases.{group}."
             gate_up_FD = state[base + "gate_up_proj.weight"]
             down_DF = state[base + "down_proj.weight"]
             gains[expert] = fit_gains(experts, expert, call, gate_up_FD, down_DF)
-    mean_F = torch.stack(list(gains.values())).mean(0)
-    half = len(mean_F)
-    for expert in range(len(state["scale"])):
-        state["scale"][expert, half:] = gains.get(expert, mean_F)
+    half = state["scale"].shape[1] // 2
+    for expert, group in enumerate(group_of_expert):
+        alike = [gain_F for other, gain_F in gains.items() if group_of_expert[other] == group]
+        if alike:
+            state["scale"][expert, half:] = gains.get(expert, torch.stack(alike).mean(0))
 
 
 def _fit_deltas(

@@ -49,8 +49,11 @@ def _dominant(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
 
 
 def _weights(experts: Experts) -> list[ExpertWeights]:
-    pairs = zip(experts.gate_up_EFD.float(), experts.down_EDF.float(), strict=True)
-    return [ExpertWeights(*gate_up.chunk(2), down).balanced() for gate_up, down in pairs]
+    found = []
+    for gate_up_FD, down_DF in zip(experts.gate_up_EFD, experts.down_EDF, strict=True):
+        gate_FD, up_FD = gate_up_FD.float().chunk(2)
+        found.append(ExpertWeights(gate_FD, up_FD, down_DF.float()).balanced())
+    return found
 
 
 GROUPINGS: dict[str, Grouping] = {

@@ -4,7 +4,8 @@ Shape suffixes: T tokens of a batch, K experts chosen per token, N = T * K rows 
 E experts, D hidden width, F expert intermediate width, S sampled tokens.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,29 +34,21 @@ class LayerStatistics:
     output_ED: Tensor
     tokens: int = 0
     sampled: int = 0
-    names: tuple[str, ...] = field(
-        default=(
-            "coactivation_EE",
-            "mass_E",
-            "weighted_norm_E",
-            "moment_DD",
-            "sum_D",
-            "output_ED",
-        ),
-        repr=False,
-    )
 
     @classmethod
     def empty(cls, experts: int, hidden: int) -> "LayerStatistics":
         """Start with nothing seen."""
-        zeros = {"dtype": torch.float64}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
         return cls(
-            coactivation_EE=torch.zeros(experts, experts, **zeros),
-            mass_E=torch.zeros(experts, **zeros),
-            weighted_norm_E=torch.zeros(experts, **zeros),
-            moment_DD=torch.zeros(hidden, hidden, **zeros),
-            sum_D=torch.zeros(hidden, **zeros),
-            output_ED=torch.zeros(experts, hidden, **zeros),
+            coactivation_EE=zeros(experts, experts),
+            mass_E=zeros(experts),
+            weighted_norm_E=zeros(experts),
+            moment_DD=zeros(hidden, hidden),
+            sum_D=zeros(hidden),
+            output_ED=zeros(experts, hidden),
         )
 
     def add(self, call: ExpertsCall, experts: Experts) -> None:
@@ -84,15 +77,16 @@ class LayerStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors for an artifact."""
-        counts = torch.tensor([self.tokens, self.sampled])
-        return {"counts": counts, **{name: getattr(self, name) for name in self.names}}
+        sums = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {"counts": torch.tensor([self.tokens, self.sampled]), **sums}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "LayerStatistics":
         """Read back what ``tensors`` gave."""
         sums = {name: tensor for name, tensor in tensors.items() if name != "counts"}
-        tokens, sampled = (int(count) for count in tensors["counts"])
-        return cls(**sums, tokens=tokens, sampled=sampled)
+        tokens, sampled = tensors["counts"].tolist()
+        counts: dict[str, Any] = {"tokens": tokens, "sampled": sampled}
+        return cls(**sums, **counts)
 
     @property
     def count_E(self) -> Tensor:

@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_MAPPING,
-    MODEL_MAPPING_NAMES,
-)
+from transformers.models.auto import configuration_auto, modeling_auto
 
 CLASS_PREFIX = "Moefuse"
 MODEL_TYPE_PREFIX = "moefuse_"
+NATIVE_NAMES: tuple[dict[str, str], ...] = (
+    configuration_auto.CONFIG_MAPPING_NAMES,  # type: ignore[reportPrivateImportUsage]
+    modeling_auto.MODEL_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+"""Class names of native configurations, base models and language models by model type."""
 
 
 def expert_linear(x_NI: Tensor, weight_EOI: Tensor, rows_per_expert: list[int]) -> Tensor:
@@ -129,7 +129,7 @@ class FusedExperts(nn.Module):
         self.num_experts = experts
         self.act_fn = activation
         self.bases = nn.ModuleList(BaseExpert(hidden, intermediate) for _ in range(groups))
-        self.delta = DELTA_KINDS[delta](experts, hidden, intermediate, rank) if rank else None
+        self.delta: Any = DELTA_KINDS[delta](experts, hidden, intermediate, rank) if rank else None
         self.scale = nn.Parameter(torch.ones(experts, 2 * intermediate)) if scale else None
         self.bias = nn.Parameter(torch.zeros(experts, 2 * intermediate)) if bias else None
         self.register_buffer("group_of_expert", torch.arange(experts) % groups)
@@ -260,9 +260,9 @@ def fused_classes(
     another one, so that no tool takes a fused checkpoint for the native architecture and fills the
     missing experts with random numbers.
     """
-    native_config = CONFIG_MAPPING[model_type]
-    native_model = MODEL_MAPPING[native_config]
-    native_causal = MODEL_FOR_CAUSAL_LM_MAPPING[native_config]
+    native_config: Any = configuration_auto.CONFIG_MAPPING[model_type]
+    native_model: Any = modeling_auto.MODEL_MAPPING[native_config]
+    native_causal: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[native_config]
     config = _subclass(native_config, (native_config,), model_type=MODEL_TYPE_PREFIX + model_type)
     model = _subclass(native_model, (_FusedInit, native_model), config_class=config)
     causal = _subclass(native_causal, (_FusedInit, native_causal), config_class=config)
@@ -278,7 +278,7 @@ def fused_classes(
 def __getattr__(name: str) -> type:
     """Find a fused class by name, which is how ``auto_map`` in ``config.json`` asks for it."""
     native_name = name.removeprefix(CLASS_PREFIX)
-    for names in (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for names in NATIVE_NAMES:
         for model_type, candidate in names.items():
             if candidate == native_name != name:
                 classes = {cls.__name__: cls for cls in fused_classes(model_type)}
