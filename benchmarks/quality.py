@@ -6,10 +6,9 @@ Run it by ``make quality``; it goes on where it was interrupted.
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-import torch
 import typer
 
 from moefuse import demo
@@ -25,6 +24,7 @@ from moefuse.demo.run import (
     measure_sizes,
 )
 from moefuse.evaluation.report import Row, markdown_table, write_report
+from moefuse.evaluation.rows import TEACHER
 from moefuse.pipeline import Job
 
 ROOT = Path(__file__).parent.parent
@@ -35,28 +35,34 @@ BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 def main(
     work: Path = Path("runs/quality"),
     seeds: int = 3,
-    threads: int = 0,
-    rewrite_readme: bool = True,
+    part: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Measure only this seed and number of groups; to run several at once."),
+    ] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to name where there is no git to ask.")
+    ] = None,
 ) -> None:
     """Measure every seed and size, then write the results."""
-    if threads:
-        torch.set_num_threads(threads)
     start = time.monotonic()
+    if part is not None:
+        measured(work, *part)
+        return
     rows: list[Row] = []
     for seed in range(seeds):
         for groups in GROUPS:
             found = measured(work, seed, groups)
-            rows += [row for row in found if row.method != "teacher" or not rows]
+            rows += [row for row in found if row.method != TEACHER or not rows]
     job = Job(demo.teacher_path(), work, {**SETTINGS, "groups": GROUPS[0]})
     meta = demo_meta("make quality", job, time.monotonic() - start)
-    meta["seeds"] = list(range(seeds))
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    meta |= {"seeds": list(range(seeds)), "commit": commit or meta["commit"]}
     write_report(work / "report", meta, rows)
-    for suffix, name in (("json", "report"), ("md", "report"), ("png", "quality")):
-        written = (work / "report" / f"{name}.{suffix}").read_bytes()
-        (RESULTS / f"quality.{suffix}").write_bytes(written)
-    if rewrite_readme:
-        put_into_readme(rows, meta)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "report.md", "quality.png"):
+        (RESULTS / f"quality.{name.split('.')[1]}").write_bytes(
+            (work / "report" / name).read_bytes()
+        )
+    put_into_readme(rows, meta)
 
 
 def measured(work: Path, seed: int, groups: int) -> list[Row]:
@@ -70,7 +76,7 @@ def measured(work: Path, seed: int, groups: int) -> list[Row]:
     rows = measure_sizes(
         [job], [contenders_at(job, RIVALS, rivals_distilled=True)], HELD_OUT_TOKENS
     )
-    write_json(path, [vars(replace(row)) for row in rows])
+    write_json(path, [vars(row) for row in rows])
     return rows
 
 

@@ -87,15 +87,19 @@ def run_elsewhere(
     *arguments: str | Path,
     die_at: int | None = None,
     by: signal.Signals = signal.SIGKILL,
+    die_after: float | None = None,
 ) -> int:
     """Run the command line in another process and return its exit status, minus a signal's.
 
     Its words go to ``log``. Just before it changes the file system for the ``die_at``-th time it
     sends itself the signal ``by``; without that it leaves a list of all changes in ``log`` +
-    ``.changes``.
+    ``.changes``. After ``die_after`` seconds it is killed from outside, whatever it is doing.
     """
     process = _server.Process(target=_run, args=(log, [*map(str, arguments)], die_at, by))
     process.start()
+    process.join(die_after)
+    if process.is_alive() and die_after is not None:
+        process.kill()
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode

@@ -37,8 +37,10 @@ class Job:
         *more: str | Path,
         die_at: int | None = None,
         by: signal.Signals = signal.SIGKILL,
+        die_after: float | None = None,
     ) -> int:
-        return run_elsewhere(folder / "log", *self.arguments(folder), *more, die_at=die_at, by=by)
+        command = (*self.arguments(folder), *more)
+        return run_elsewhere(folder / "log", *command, die_at=die_at, by=by, die_after=die_after)
 
     def instants(self, stage: str) -> list[int]:
         """Return which changes belong to a stage, counted from 1."""
@@ -99,6 +101,21 @@ def test_killed_between_two_renames(job: Job, tmp_path: Path) -> None:
         assert job.fuse(folder, die_at=at + 1) == -signal.SIGKILL
         assert job.fuse(folder) == 0, (at, (folder / "log").read_text())
         assert_finished(job, folder)
+
+
+def test_killed_at_any_time(job: Job, tmp_path: Path) -> None:
+    """While it computes, too, and not only around its changes to files."""
+    begin = time.monotonic()
+    assert job.fuse(new_folder(tmp_path, "whole")) == 0
+    whole = time.monotonic() - begin
+    kills = 0
+    for at, share in enumerate(random.Random(SEED).random() for _ in range(4)):
+        folder = new_folder(tmp_path, at)
+        kills += job.fuse(folder, die_after=share * whole) == -signal.SIGKILL
+        if not (folder / "student").exists() or (folder / "student.work").exists():
+            assert job.fuse(folder) == 0, (folder / "log").read_text()
+        assert_finished(job, folder)
+    assert kills > 0
 
 
 def test_killed_again_and_again(job: Job, tmp_path: Path) -> None:

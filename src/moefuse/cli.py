@@ -287,7 +287,9 @@ def generate(
         prompt=prompt,
         infill_around=infill,
         chat_message=chat,
-        decoding=Decoding(max_new_tokens, temperature, top_p, seed),
+        decoding=Decoding(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        ),
         device=choose_device(device),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -302,10 +304,10 @@ def demo_command(
 ) -> None:
     """Fuse the bundled teacher to four sizes and compare with two rivals."""
     from moefuse.demo.run import run_demo
-    from moefuse.evaluation.report import rich_table
+    from moefuse.evaluation.report import markdown_table
 
     result = run_demo(out, overwrite=overwrite, device=device)
-    _show(rich_table(result.rows))
+    typer.echo(markdown_table(result.rows))
     typer.echo(f"Report, plot and checkpoints are in {out} ({result.seconds:.0f} s).")
 
 

@@ -96,7 +96,8 @@ def rivals(job: Job, name: str, *, distilled: bool) -> list[Contender]:
         seconds[ONE_SHOT] += time.monotonic() - start
         if distilled:
             seed = job.compute.seed + layer
-            distill_layer(student.float(), job.call(layer), job.distillation, seed=seed)
+            with job.suited_threads():
+                distill_layer(student.float(), job.call(layer), job.distillation, seed=seed)
             students[DISTILLED][layer] = rounded(student, job.stored)
             seconds[DISTILLED] += time.monotonic() - start
     for stage in stages:

@@ -118,7 +118,7 @@ class DistillConfig:
     batch_tokens: int = setting(1024, "Tokens in one distillation step.", at_least=1)
     learning_rate: float = setting(2e-3, "Peak learning rate of the bases.", at_least=0, at_most=1)
     delta_learning_rate: float = setting(
-        5e-3, "Peak learning rate of the deltas.", at_least=0, at_most=1
+        2e-3, "Peak learning rate of the deltas.", at_least=0, at_most=1
     )
     scale_learning_rate: float = setting(
         1e-2, "Peak learning rate of scales and biases.", at_least=0, at_most=1

@@ -1,6 +1,7 @@
 """Where to compute and in which dtype."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,3 +44,23 @@ def stored_dtype(
     """Return the dtype in which a checkpoint stores its routed experts (bf16 if quantised)."""
     first = family.expert_names(family.shape(config).layers[0], 0).gate
     return STORED.get(tensors[first].dtype, torch.bfloat16)
+
+
+SMALL_MATRIX = 512 * 512
+
+
+@contextmanager
+def suited_threads(hidden: int, intermediate: int) -> Iterator[None]:
+    """Compute on one CPU thread while matrices of ``hidden`` x ``intermediate`` are small.
+
+    A few thousand small products per step cost more in waiting for each other's threads than the
+    threads save: on a busy two-core machine one thread was measured five times as fast as two.
+    The choice depends on sizes alone, because the number of threads changes the last bits.
+    """
+    before = torch.get_num_threads()
+    if hidden * intermediate < SMALL_MATRIX:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

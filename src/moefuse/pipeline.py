@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ from moefuse.config import (
     parse_bytes,
 )
 from moefuse.console import say, track
-from moefuse.devices import choose_device, choose_dtype, stored_dtype
+from moefuse.devices import choose_device, choose_dtype, stored_dtype, suited_threads
 from moefuse.distillation.loop import distill_layer
 from moefuse.errors import UserError
 from moefuse.export.assemble import assemble
@@ -291,7 +292,8 @@ class Job:
         """Split each layer's experts into bases and deltas in closed form."""
         for layer, path in self._todo(self.factors_directory, "safetensors", "Factor"):
             # In a call of its own, so that no layer is left in memory when the next is read.
-            self._factor(layer, path)
+            with self.suited_threads():
+                self._factor(layer, path)
 
     def _factor(self, layer: int, path: Path) -> None:
         start = time.monotonic()
@@ -315,20 +317,28 @@ class Job:
         if not self.distillation.steps:
             return
         for layer, path in self._todo(self.distilled_directory, "safetensors", None):
-            start = time.monotonic()
-            student = self.student(layer, self.factors_directory, "factor")
-            result = distill_layer(
-                student,
-                self.call(layer),
-                self.distillation,
-                seed=self.compute.seed + layer,
-                progress=lambda steps, layer=layer: track(steps, f"Distil layer {layer}"),
-            )
-            say(f"Layer {layer}: relative error {result.before:.4f}, now {result.after:.4f}")
-            made: dict[str, Any] = {"before": result.before, "after": result.after}
-            made["seconds"] = time.monotonic() - start
-            artifacts.write_json(path.with_suffix(".json"), made)
-            artifacts.write_tensors(path, student.state_dict())
+            with self.suited_threads():
+                self._distill(layer, path)
+
+    def _distill(self, layer: int, path: Path) -> None:
+        start = time.monotonic()
+        student = self.student(layer, self.factors_directory, "factor")
+        result = distill_layer(
+            student,
+            self.call(layer),
+            self.distillation,
+            seed=self.compute.seed + layer,
+            progress=lambda steps: track(steps, f"Distil layer {layer}"),
+        )
+        say(f"Layer {layer}: relative error {result.before:.4f}, now {result.after:.4f}")
+        made: dict[str, Any] = {"before": result.before, "after": result.after}
+        made["seconds"] = time.monotonic() - start
+        artifacts.write_json(path.with_suffix(".json"), made)
+        artifacts.write_tensors(path, student.state_dict())
+
+    def suited_threads(self) -> AbstractContextManager[None]:
+        """Use as many CPU threads as this teacher's layers are worth."""
+        return suited_threads(self.reader.shape.hidden, self.reader.shape.intermediate)
 
     def assemble(self, out: Path, *, stage_directory: Path | None = None) -> None:
         """Write the student's checkpoint to ``out``, from ``stage_directory`` or the distilled."""

@@ -1,19 +1,25 @@
 """Layer by layer and in one piece, a teacher computes the same."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import contents
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moefuse.artifacts import read_tensors
+from moefuse.calibration import collect as collecting
 from moefuse.calibration.collect import Batch, CalibrationStore, collect
+from moefuse.checkpoint.headers import INDEX
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.streaming import StreamedTeacher
+from moefuse.errors import UserError
 from moefuse.families import all_families
 
 FAMILIES = sorted(all_families())
@@ -109,3 +115,160 @@ def test_layer_by_layer_equals_in_one_piece(
     save_tiny(tmp_path / "teacher", model_type, dtype=dtype)
 
     assert_equals_whole(tmp_path / "teacher", CalibrationStore(tmp_path / "store"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_what_transformers_keeps_in_fp32_stays_so(dtype: torch.dtype, tmp_path: Path) -> None:
+    """DeepSeek-V3's routers add a bias that is stored in fp32; rounding it moves tokens."""
+    save_tiny(tmp_path / "teacher", "deepseek_v3")
+    bias = "mlp.gate.e_score_correction_bias"
+    teacher = streamed(tmp_path / "teacher", dtype)
+
+    with teacher.loaded(1) as module:
+        found = module.get_buffer(bias).clone()
+        assert module.get_parameter("mlp.gate.weight").dtype == dtype
+
+    wanted = whole(tmp_path / "teacher", dtype).get_buffer(f"model.layers.1.{bias}")
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, found.to(dtype).float())
+
+
+# Families whose layers do not all receive the same arguments, or whose attention is local.
+LOCAL: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
+    "qwen3_moe": {"use_sliding_window": True, "sliding_window": 4},
+    "mixtral": {"sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_sliding_windows(model_type: str, tmp_path: Path) -> None:
+    if model_type not in LOCAL:
+        pytest.skip(f"{model_type} has no sliding window in Transformers")
+    save_tiny(tmp_path / "teacher", model_type, **LOCAL[model_type])
+
+    assert_equals_whole(tmp_path / "teacher", CalibrationStore(tmp_path / "store"), torch.float32)
+
+    teacher = streamed(tmp_path / "teacher")
+    _, received = teacher.embed(*padded()[1])
+    seen = [given["attention_mask"] for given in received]
+    all_alike = all(mask is seen[0] for mask in seen)
+    assert all_alike == (model_type != "qwen2_moe")
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "teacher", "olmoe", tie_word_embeddings=True)
+    assert "lm_head.weight" not in CheckpointReader.open(tmp_path / "teacher").tensors
+
+    assert_equals_whole(tmp_path / "teacher", CalibrationStore(tmp_path / "store"), torch.float32)
+
+
+def test_layers_hold_memory_only_while_loaded(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "teacher")
+    teacher = streamed(tmp_path / "teacher")
+
+    def in_memory() -> set[str]:
+        state = teacher.model.state_dict()
+        return {name for name, tensor in state.items() if tensor.device.type != "meta"}
+
+    assert in_memory() == {"model.embed_tokens.weight"}
+    with teacher.loaded(1):
+        held = in_memory() - {"model.embed_tokens.weight"}
+        assert held == {n for n in teacher.model.state_dict() if n.startswith("model.layers.1.")}
+    assert in_memory() == {"model.embed_tokens.weight"}
+    with pytest.raises(RuntimeError, match="on purpose"), teacher.loaded(2):
+        raise RuntimeError("on purpose")
+    collect(teacher, padded(), CalibrationStore(tmp_path / "store"))
+    assert in_memory() == {"model.embed_tokens.weight"}
+
+
+def test_names_beyond_the_model_are_left_out(tmp_path: Path) -> None:
+    """Older checkpoints store what is computed; Transformers ignores it too."""
+    save_tiny(tmp_path / "teacher", "mixtral")
+    index = json.loads((tmp_path / "teacher" / INDEX).read_text())
+    shard = tmp_path / "teacher" / index["weight_map"]["model.norm.weight"]
+    extra = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(shard), extra: torch.ones(4)}, shard, metadata={"format": "pt"})
+    index["weight_map"][extra] = shard.name
+    (tmp_path / "teacher" / INDEX).write_text(json.dumps(index))
+
+    with streamed(tmp_path / "teacher").loaded(1) as module:
+        assert "self_attn.rotary_emb.inv_freq" not in module.state_dict()
+
+
+def test_what_is_missing_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "teacher")
+    path = tmp_path / "teacher" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "kv_lora_rank": 12}))
+
+    with pytest.raises(UserError, match=r"kv_a_proj_with_mqa.*configuration and weights are of"):
+        streamed(tmp_path / "teacher")
+
+
+# What is passed on from layer to layer.
+
+
+def test_padding_is_never_recorded_and_changes_nothing(tmp_path: Path) -> None:
+    """Batches with other padding tokens, or with none at all, leave the same artifacts."""
+    save_tiny(tmp_path / "teacher")
+    zeros, ones = padded(pad=0), padded(pad=1)
+    alone = [
+        (ids_BS[row : row + 1, : int(mask_BS[row].sum())], mask_BS[row : row + 1, :length])
+        for ids_BS, mask_BS in zeros
+        for row, length in enumerate(mask_BS.sum(1).tolist())
+    ]
+    stores = {}
+    for name, batches in {"zeros": zeros, "ones": ones, "alone": alone}.items():
+        stores[name] = CalibrationStore(tmp_path / name)
+        collect(streamed(tmp_path / "teacher"), batches, stores[name])
+
+    for layer in (1, 2):
+        first, *others = (stores[name].all_calls(layer) for name in ("zeros", "ones", "alone"))
+        assert len(first.x_TD) == sum(map(sum, LENGTHS))
+        assert stores["zeros"].statistics(layer).tokens == len(first.x_TD)
+        for other in others:
+            torch.testing.assert_close(first.x_TD, other.x_TD, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(first.y_TD, other.y_TD, rtol=1e-4, atol=1e-5)
+            assert torch.equal(first.index_TK, other.index_TK)
+
+
+@pytest.mark.parametrize("room", [0, 3 * 9 * 32 * 4 + 1])
+def test_passing_on_through_the_disk_is_the_same(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing fits, or only the first batch; artifacts are the same bytes as when all do."""
+    save_tiny(tmp_path / "teacher")
+    collect(streamed(tmp_path / "teacher"), padded(), CalibrationStore(tmp_path / "memory"))
+    read: list[str] = []
+    from_disk = collecting.artifacts.read_tensors
+
+    def reading(path: Path) -> dict[str, Tensor]:
+        read.append(path.name)
+        return from_disk(path)
+
+    monkeypatch.setattr(collecting, "MEMORY_BYTES", room)
+    monkeypatch.setattr(collecting.artifacts, "read_tensors", reading)
+    collect(streamed(tmp_path / "teacher"), padded(), CalibrationStore(tmp_path / "disk"))
+
+    numbers = (0, 1, 2) if room == 0 else (1, 2)
+    # Two of the three layers have something passed on to them.
+    assert read == [f"batch-{number:05d}.safetensors" for number in numbers] * 2
+    assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
+
+
+def test_stale_inputs_of_an_interrupted_run_go(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "teacher")
+    store = CalibrationStore(tmp_path / "store")
+    teacher = streamed(tmp_path / "teacher")
+    collect(teacher, padded(), store)
+    made = contents(store.directory)
+    for layer in (1, 2):
+        store.hidden(layer).mkdir()
+        (store.hidden(layer) / "batch-00000.safetensors").write_bytes(b"stale")
+
+    collect(teacher, padded(), store)
+
+    assert contents(store.directory) == made
+    assert not any(store.directory.glob("hidden-*"))

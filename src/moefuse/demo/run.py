@@ -20,8 +20,8 @@ from moefuse.places import check_output
 
 GROUPS = (16, 8, 4, 2)
 RIVALS = ("reap", "hc-smoe")
-SETTINGS: dict[str, Any] = {"tokens": 98_304, "steps": 150}
-HELD_OUT_TOKENS = 16_384
+SETTINGS: dict[str, Any] = {"tokens": 98_304, "steps": 120}
+HELD_OUT_TOKENS = 12_288
 REPORT = "report.json"
 
 

@@ -16,14 +16,15 @@ from moefuse.config import FactorConfig
 from moefuse.errors import UserError
 from moefuse.fusion.factor import factor_layer
 from moefuse.fusion.neurons import fit_neurons
+from moefuse.mathematics.alignment import ExpertWeights, align
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
 from moefuse.mathematics.statistics import LayerStatistics
 from moefuse.sizes import LayerPlan, load_experts
 
-FIT_ROUNDS = 1
-"""More rounds of gains and down projections were measured to change the third digit only."""
 JUDGED_AT_ONCE = 4096
+RESEMBLANCE = 0.5
+"""Cosine similarity of aligned members from which on their mean is worth trying."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,62 @@ def factor(
     fit = call.rows(slice(0, options.fit_tokens))
     judge = call.rows(slice(options.fit_tokens, None)) if tokens > options.fit_tokens else fit
     tried: list[Factored] = []
-    for base in ("mean", "neurons"):
-        if options.base in ("auto", base) and (options.scale or base == "mean"):
-            state = (
-                _mean(experts, statistics, group_of_expert, plan, options)
-                if base == "mean"
-                else fit_neurons(experts, fit, group_of_expert, plan.rank, FIT_ROUNDS)
-            )
-            if options.bias:
-                state.setdefault("bias", torch.zeros_like(experts.gate_up_EFD[..., 0]))
-            tried.append(_judged(state, base, experts, plan, judge))
+    for base in _worth_trying(experts, statistics, group_of_expert, plan, options):
+        if base == "mean":
+            state = _mean(experts, statistics, group_of_expert, plan, options)
+        else:
+            state = fit_neurons(experts, fit, group_of_expert, plan.rank)
+        if options.bias:
+            state.setdefault("bias", torch.zeros_like(experts.gate_up_EFD[..., 0]))
+        tried.append(_judged(state, base, experts, plan, judge))
     return min(tried, key=lambda factored: factored.error)
+
+
+def _worth_trying(
+    experts: Experts,
+    statistics: LayerStatistics,
+    group_of_expert: Tensor,
+    plan: LayerPlan,
+    options: FactorConfig,
+) -> list[str]:
+    """List the ways of making bases that may serve the layer.
+
+    The mean needs a singular value decomposition of every expert, hours for a large model, and
+    pays only where deltas of that rank can carry most of a matrix or where members are alike.
+    """
+    if options.base != "auto":
+        return [options.base]
+    if not options.scale:
+        return ["mean"]
+    _, double_intermediate, hidden = experts.gate_up_EFD.shape
+    near_full = 2 * plan.rank >= min(hidden, double_intermediate)
+    if near_full or plan.groups == len(experts.gate_up_EFD):
+        return ["mean", "neurons"]
+    alike = resemblance(experts, statistics.mass_E, group_of_expert) >= RESEMBLANCE
+    return ["mean", "neurons"] if alike else ["neurons"]
+
+
+def resemblance(experts: Experts, mass_E: Tensor, group_of_expert: Tensor) -> float:
+    """Return the mean cosine similarity of the weights of each group's two heaviest members.
+
+    Their neurons are aligned first; groups of one do not count, and without any larger group the
+    similarity is 1.
+    """
+    similarities = []
+    for group in group_of_expert.unique().tolist():
+        members = (group_of_expert == group).nonzero().flatten().cpu()
+        heaviest = members[mass_E.cpu()[members].sort(descending=True, stable=True).indices[:2]]
+        if len(heaviest) == 2:
+            first, second = (expert_weights(experts, e).balanced() for e in heaviest.tolist())
+            one, other = first.flat(), align(first, second).flat()
+            similarities.append(float(torch.cosine_similarity(one, other, dim=0)))
+    return sum(similarities) / len(similarities) if similarities else 1.0
+
+
+def expert_weights(experts: Experts, expert: int) -> ExpertWeights:
+    """Return one expert's gate, up and down projections."""
+    gate_FD, up_FD = experts.gate_up_EFD[expert].chunk(2)
+    return ExpertWeights(gate_FD, up_FD, experts.down_EDF[expert])
 
 
 def _mean(

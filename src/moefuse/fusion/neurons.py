@@ -7,19 +7,23 @@ output, exactly as they are; then everything that the output is linear in is sol
 1. the gains ``s_e``: how much of each base neuron every member uses,
    ``argmin_s  E |sum_f s_f d_f z_f(x) - f_e(x)|^2`` over the tokens routed to e, where ``z_f`` is
    what a base neuron makes of the input and ``d_f`` its column of the down projection;
-2. the down projections of all bases at once, against the layer's output;
-3. the down deltas, one expert after another against what is left: reduced-rank regression, the
-   truncated decomposition of the least-squares solution weighed by the inputs' second moment
-   (Izenman, 1975).
+2. the down projections of all bases at once, against the layer's output.
 
-The deltas of gate and up start as LoRA's do, with B zero; their A looks where the expert's own
-important neurons look.
+The deltas give every expert some neurons of its own. Two ranks of gate and up and one of down
+carry one neuron exactly: its gate row and its up row take the place of a base neuron that the
+expert hardly uses (whose scale becomes zero), and the difference of the down columns corrects the
+output. So the R/2 most important neurons of every expert stay as they are, and bases need not
+provide them. What ranks of down remain go to reduced-rank regression (Izenman, 1975), one expert
+after another against what is left: the truncated decomposition of the least-squares solution,
+weighed by the second moment of the neurons.
 
 Shape suffixes: T tokens, K experts chosen per token, N rows of one expert, E experts, G groups,
-F neurons of an expert, D hidden width, R rank, B = G * F neurons of all bases.
+F neurons of an expert, O neurons an expert keeps for itself, D hidden width, R rank, B = G * F
+neurons of all bases.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -71,14 +75,12 @@ def ridge_solve(gram_BB: Tensor, target_BO: Tensor) -> Tensor:
     return torch.linalg.solve(gram_BB + ridge * identity_BB, target_BO.double())
 
 
-def fit_gains(
-    experts: Experts, expert: int, call: ExpertsCall, gate_up_FD: Tensor, down_DF: Tensor
-) -> Tensor:
-    """Return how much of each base neuron ``expert`` uses, (F,); see the module's step 1."""
-    token_N, weight_N1 = rows_of_expert(call, expert)
-    x_ND = call.x_TD[token_N]
-    z_NF = neurons(experts, gate_up_FD, x_ND) * weight_N1
-    target_ND = experts.run(expert, x_ND) * weight_N1
+def fit_gains(z_NF: Tensor, target_ND: Tensor, down_DF: Tensor) -> Tensor:
+    """Return how much of each base neuron an expert uses, (F,); see the module's step 1.
+
+    ``z_NF`` is what the base's neurons make of the expert's tokens and ``target_ND`` what the
+    expert returns, both times the routing weight.
+    """
     gram_FF = (z_NF.T @ z_NF) * (down_DF.T @ down_DF)
     return ridge_solve(gram_FF, ((target_ND @ down_DF) * z_NF).sum(0)).to(down_DF.dtype)
 
@@ -98,19 +100,21 @@ def base_features(
         yield neurons(experts, gate_up_FD, call.x_TD) * gain_TF
 
 
-def fit_down(experts: Experts, call: ExpertsCall, state: dict[str, Tensor], groups: int) -> Tensor:
+def fit_down(
+    experts: Experts, call: ExpertsCall, target_TD: Tensor, state: dict[str, Tensor], groups: int
+) -> Tensor:
     """Solve for all bases' down projections at once; puts them into ``state``.
 
-    Returns what they leave of the layer's output, (T, D).
+    Returns what they leave of ``target_TD``, (T, D).
     """
     z_TB = torch.cat(list(base_features(experts, call, state, groups)), dim=1)
-    solution_BD = ridge_solve(z_TB.T @ z_TB, z_TB.T @ call.y_TD).to(z_TB.dtype)
+    solution_BD = ridge_solve(z_TB.T @ z_TB, z_TB.T @ target_TD).to(z_TB.dtype)
     # What no token reached keeps its own down projection: the solution would silence it.
     own_BD = torch.cat([state[f"bases.{group}.down_proj.weight"].T for group in range(groups)])
     solution_BD = torch.where(z_TB.any(0).unsqueeze(-1), solution_BD, own_BD)
     for group, down_FD in enumerate(solution_BD.chunk(groups)):
         state[f"bases.{group}.down_proj.weight"] = down_FD.T.contiguous()
-    return call.y_TD - z_TB @ solution_BD
+    return target_TD - z_TB @ solution_BD
 
 
 def fit_down_delta(z_NF: Tensor, left_ND: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -123,23 +127,61 @@ def fit_down_delta(z_NF: Tensor, left_ND: Tensor, rank: int) -> tuple[Tensor, Te
     return b_DR.to(z_NF.dtype), a_RF.to(z_NF.dtype)
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """What one layer's fit works on; ``own_EO`` and ``slot_EO`` are the neurons that each expert
+    keeps and the base neurons in whose place they stand."""
+
+    experts: Experts
+    call: ExpertsCall
+    state: dict[str, Tensor]
+    groups: list[int]
+    own_EO: Tensor
+    slot_EO: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.experts.down_EDF.shape[2]
+
+    def base(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Return gate and up, (2F, D), and down, (D, F), of an expert's base."""
+        prefix = f"bases.{self.groups[expert]}."
+        down_DF = self.state[prefix + "down_proj.weight"]
+        return self.state[prefix + "gate_up_proj.weight"], down_DF
+
+    def own_rows(self, expert: int) -> Tensor:
+        """Return the gate and up rows of the neurons that an expert keeps, (2O, D)."""
+        own_O = self.own_EO[expert]
+        return self.experts.gate_up_EFD[expert][torch.cat([own_O, self.width + own_O])]
+
+    def own_neurons(self, expert: int, token_N: Tensor) -> Tensor:
+        """Return what the neurons that an expert keeps make of its tokens, (N, O)."""
+        return neurons(self.experts, self.own_rows(expert), self.call.x_TD[token_N])
+
+    def own_down(self, expert: int) -> Tensor:
+        """Return the down columns of the neurons that an expert keeps, (D, O)."""
+        return self.experts.down_EDF[expert][:, self.own_EO[expert]]
+
+
 def fit_neurons(
-    experts: Experts, call: ExpertsCall, group_of_expert: Tensor, rank: int, rounds: int
+    experts: Experts, call: ExpertsCall, group_of_expert: Tensor, rank: int
 ) -> dict[str, Tensor]:
     """Return the state of a ``FusedExperts`` module with scales, fp32, for one layer.
 
-    ``experts`` in fp32; ``call`` holds the tokens to fit to; ``group_of_expert`` is (E,);
-    ``rounds`` is how often gains and down projections are solved for in turn.
+    ``experts`` in fp32; ``call`` holds the tokens to fit to; ``group_of_expert`` is (E,); ``rank``
+    R of the deltas.
     """
     groups = int(group_of_expert.max()) + 1
+    kept = min(rank // 2, experts.down_EDF.shape[2], experts.down_EDF.shape[1])
     importance_EF = importance(experts, call)
-    state = _bases(experts, importance_EF, group_of_expert, groups)
-    left_TD = call.y_TD
-    for _ in range(rounds):
-        _fit_all_gains(experts, call, state)
-        left_TD = fit_down(experts, call, state, groups)
+    own_EO = importance_EF.sort(dim=1, descending=True, stable=True).indices[:, :kept]
+    state = _bases(experts, importance_EF.scatter(1, own_EO, 0.0), group_of_expert, groups)
+    slot_EO = torch.zeros_like(own_EO)
+    fit = _Fit(experts, call, state, group_of_expert.tolist(), own_EO, slot_EO)
+    _fit_all_gains(fit)
+    left_TD = fit_down(experts, call, _without_own(fit), state, groups)
     if rank:
-        _fit_deltas(experts, call, state, importance_EF, left_TD.clone(), rank)
+        _fit_deltas(fit, left_TD, rank)
     return state
 
 
@@ -161,53 +203,85 @@ def _bases(
     return state
 
 
-def _fit_all_gains(experts: Experts, call: ExpertsCall, state: dict[str, Tensor]) -> None:
-    """Fit every expert's gains; one that was never routed takes the mean of its group's."""
+def _without_own(fit: _Fit) -> Tensor:
+    """Return the layer's output without the neurons that experts keep for themselves, (T, D)."""
+    left_TD = fit.call.y_TD.clone()
+    for expert in range(len(fit.groups)):
+        token_N, weight_N1 = rows_of_expert(fit.call, expert)
+        z_NO = fit.own_neurons(expert, token_N) * weight_N1
+        left_TD[token_N] -= z_NO @ fit.own_down(expert).T
+    return left_TD
+
+
+def _fit_all_gains(fit: _Fit) -> None:
+    """Fit every expert's gains and choose the base neurons that its own take the place of.
+
+    An expert that was never routed takes the mean gains of its group.
+    """
     gains: dict[int, Tensor] = {}
-    group_of_expert = state["group_of_expert"].tolist()
-    for expert, group in enumerate(group_of_expert):
-        if bool((call.index_TK == expert).any()):
-            base = f"bases.{group}."
-            gate_up_FD = state[base + "gate_up_proj.weight"]
-            down_DF = state[base + "down_proj.weight"]
-            gains[expert] = fit_gains(experts, expert, call, gate_up_FD, down_DF)
-    half = state["scale"].shape[1] // 2
-    for expert, group in enumerate(group_of_expert):
-        alike = [gain_F for other, gain_F in gains.items() if group_of_expert[other] == group]
+    kept = fit.own_EO.shape[1]
+    for expert in range(len(fit.groups)):
+        token_N, weight_N1 = rows_of_expert(fit.call, expert)
+        if len(token_N):
+            gate_up_FD, down_DF = fit.base(expert)
+            x_ND = fit.call.x_TD[token_N]
+            own_ND = fit.own_neurons(expert, token_N) @ fit.own_down(expert).T
+            target_ND = (fit.experts.run(expert, x_ND) - own_ND) * weight_N1
+            z_NF = neurons(fit.experts, gate_up_FD, x_ND) * weight_N1
+            gain_F = fit_gains(z_NF, target_ND, down_DF)
+            used_F = gain_F.square() * z_NF.square().sum(0) * down_DF.square().sum(0)
+            fit.slot_EO[expert] = used_F.sort(stable=True).indices[:kept]
+            gains[expert] = gain_F
+    scale_EF = fit.state["scale"]
+    for expert, group in enumerate(fit.groups):
+        alike = [gain_F for other, gain_F in gains.items() if fit.groups[other] == group]
         if alike:
-            state["scale"][expert, half:] = gains.get(expert, torch.stack(alike).mean(0))
+            scale_EF[expert, fit.width :] = gains.get(expert, torch.stack(alike).mean(0))
+        if expert not in gains:
+            fit.slot_EO[expert] = torch.arange(kept, device=scale_EF.device)
+        scale_EF[expert, fit.slot_EO[expert]] = 0.0
+        scale_EF[expert, fit.width + fit.slot_EO[expert]] = 0.0
 
 
-def _fit_deltas(
-    experts: Experts,
-    call: ExpertsCall,
-    state: dict[str, Tensor],
-    importance_EF: Tensor,
-    left_TD: Tensor,
-    rank: int,
-) -> None:
-    count, hidden = len(importance_EF), call.x_TD.shape[1]
-    width = importance_EF.shape[1]
+def _fit_deltas(fit: _Fit, left_TD: Tensor, rank: int) -> None:
+    """Put the deltas into the state: neurons of their own, then regression on what is left."""
+    count, hidden = fit.experts.down_EDF.shape[:2]
+    width, kept = fit.width, fit.own_EO.shape[1]
     down_rank = min(rank, hidden, width)
     zeros = {"dtype": torch.float32, "device": left_TD.device}
-    state["delta.gate_up_a"] = torch.zeros(count, rank, hidden, **zeros)
-    state["delta.gate_up_b"] = torch.zeros(count, 2 * width, rank, **zeros)
-    state["delta.down_a"] = torch.zeros(count, down_rank, width, **zeros)
-    state["delta.down_b"] = torch.zeros(count, hidden, down_rank, **zeros)
-    for expert, group in enumerate(state["group_of_expert"].tolist()):
-        state["delta.gate_up_a"][expert] = _directions(experts, importance_EF, expert, rank)
-        token_N, weight_N1 = rows_of_expert(call, expert)
-        gate_up_FD = state[f"bases.{group}.gate_up_proj.weight"]
-        gain_F = state["scale"][expert, width:]
-        z_NF = neurons(experts, gate_up_FD, call.x_TD[token_N]) * weight_N1 * gain_F
-        b_DR, a_RF = fit_down_delta(z_NF, left_TD[token_N], down_rank)
+    gate_up_a = torch.zeros(count, rank, hidden, **zeros)
+    gate_up_b = torch.zeros(count, 2 * width, rank, **zeros)
+    down_a = torch.zeros(count, down_rank, width, **zeros)
+    down_b = torch.zeros(count, hidden, down_rank, **zeros)
+    places = torch.arange(kept, device=left_TD.device)
+    for expert in range(count):
+        gate_up_FD, down_DF = fit.base(expert)
+        slot_O = fit.slot_EO[expert]
+        gate_up_a[expert, : 2 * kept] = fit.own_rows(expert)
+        gate_up_a[expert, 2 * kept :] = _directions(fit.experts, expert, rank - 2 * kept)
+        gate_up_b[expert, slot_O, places] = 1.0
+        gate_up_b[expert, width + slot_O, kept + places] = 1.0
+        down_a[expert, places, slot_O] = 1.0
+        down_b[expert, :, :kept] = fit.own_down(expert) - down_DF[:, slot_O]
+
+        token_N, weight_N1 = rows_of_expert(fit.call, expert)
+        z_NF = neurons(fit.experts, gate_up_FD, fit.call.x_TD[token_N])
+        z_NF = z_NF * fit.state["scale"][expert, width:]
+        z_NF[:, slot_O] = fit.own_neurons(expert, token_N)
+        z_NF = z_NF * weight_N1
+        b_DR, a_RF = fit_down_delta(z_NF, left_TD[token_N], down_rank - kept)
         left_TD[token_N] -= z_NF @ a_RF.T @ b_DR.T
-        state["delta.down_b"][expert], state["delta.down_a"][expert] = b_DR, a_RF
+        down_a[expert, kept:], down_b[expert, :, kept:] = a_RF, b_DR
+    for name, tensor in (
+        ("gate_up_a", gate_up_a),
+        ("gate_up_b", gate_up_b),
+        ("down_a", down_a),
+        ("down_b", down_b),
+    ):
+        fit.state[f"delta.{name}"] = tensor
 
 
-def _directions(experts: Experts, importance_EF: Tensor, expert: int, rank: int) -> Tensor:
-    """Return the R unit directions of the input that an expert's important neurons look along."""
-    weight_F = importance_EF[expert].clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-    weighted = experts.gate_up_EFD[expert] * torch.cat([weight_F, weight_F]).unsqueeze(-1)
-    _, a_RD = low_rank(weighted, rank)
+def _directions(experts: Experts, expert: int, rank: int) -> Tensor:
+    """Return the R unit directions of the input that an expert's weights look along most."""
+    _, a_RD = low_rank(experts.gate_up_EFD[expert], rank)
     return torch.nn.functional.normalize(a_RD, dim=-1)

@@ -46,6 +46,11 @@ class ExpertWeights:
         c_F = (down / up).sqrt()
         return ExpertWeights(self.gate_FD, self.up_FD * c_F[:, None], self.down_DF / c_F[None, :])
 
+    def flat(self) -> Tensor:
+        """Return all weights in one vector, (3FD,)."""
+        parts = (self.gate_FD, self.up_FD, self.down_DF)
+        return torch.cat([part.flatten() for part in parts])
+
     def gate_up(self) -> Tensor:
         """Return gate and up stacked, gate first: (2F, D)."""
         return torch.cat([self.gate_FD, self.up_FD])

@@ -36,17 +36,12 @@ def mean_output_affinity(mean_output_ED: Tensor) -> Tensor:
 def weight_affinity(experts: list[ExpertWeights]) -> Tensor:
     """Cosine similarity of aligned weights, (E, E): every pair's neurons are matched first."""
     count = len(experts)
-    norms = [_flat(expert).norm().clamp_min(TINY) for expert in experts]
+    norms = [expert.flat().norm().clamp_min(TINY) for expert in experts]
     affinity_EE = torch.eye(count, dtype=torch.float64)
     for first in range(count):
         for second in range(first + 1, count):
             matched = experts[second].permuted(*match_neurons(experts[first], experts[second]))
-            inner = _flat(experts[first]) @ _flat(matched)
+            inner = experts[first].flat() @ matched.flat()
             cosine = (inner / (norms[first] * norms[second])).double()
             affinity_EE[first, second] = affinity_EE[second, first] = cosine
     return affinity_EE
-
-
-def _flat(expert: ExpertWeights) -> Tensor:
-    parts = (expert.gate_FD, expert.up_FD, expert.down_DF)
-    return torch.cat([part.flatten() for part in parts])
