@@ -11,11 +11,12 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced" + TEMPORARY_SUFFIX
@@ -62,15 +63,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write tensors as one safetensors file; the same tensors give the same bytes."""
+    # torch takes seconds to import, and what only reads headers needs none of it.
+    from safetensors.torch import save_file  # noqa: PLC0415
+
     ordered = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
     # Not more than this one entry: safetensors writes several in an order that changes.
     details = {"format": "pt"}
     write_atomically(path, lambda temporary: save_file(ordered, temporary, metadata=details))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> "dict[str, Tensor]":
     """Read every tensor of a safetensors file into memory (CPU)."""
     with safe_open(path, framework="pt") as stored:
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

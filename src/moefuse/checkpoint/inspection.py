@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefuse.checkpoint.headers import CheckpointHeaders, TensorInfo, read_headers
-from moefuse.checkpoint.reader import check_experts, quantization_method
+from moefuse.checkpoint.promises import check_experts, quantization_method
 from moefuse.families import Family, MoeShape, family_of
 from moefuse.families.base import optional
 

@@ -24,7 +24,6 @@ from moefuse.checkpoint.headers import (
     INDEX,
     PICKLE_SUFFIXES,
     SINGLE,
-    CheckpointHeaders,
     TensorInfo,
     contained_path,
     hub_error,
@@ -33,6 +32,7 @@ from moefuse.checkpoint.headers import (
     read_config,
     read_weight_map,
 )
+from moefuse.checkpoint.promises import check_experts, check_plain_floats
 from moefuse.console import track
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families, family_of
@@ -40,7 +40,6 @@ from moefuse.families import Family, MoeShape, all_families, family_of
 MAPPED_BYTES = 64_000_000
 CHECKED_AT_ONCE = 1 << 24
 SAMPLED_BYTES = 4096
-PLAIN_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
 _TOKENIZER = ("tokenizer*", "*vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_MODELS = ("*.tiktoken", "sentencepiece*.model", "spiece.model", "tekken.json")
@@ -87,7 +86,7 @@ class CheckpointReader:
         shape = family.shape(headers.config)
         check_experts(headers, family, shape)
         if not allow_quantized:
-            _check_plain_floats(headers)
+            check_plain_floats(headers)
         return cls(headers.source, directory, headers.config, headers.tensors, family, shape)
 
     def read(self, name: str) -> Tensor:
@@ -216,69 +215,6 @@ def is_finite(tensor: Tensor) -> bool:
         if not bool(torch.isfinite(wide).all()):
             return False
     return True
-
-
-def check_experts(headers: CheckpointHeaders, family: Family, shape: MoeShape) -> None:
-    """Raise ``UserError`` unless every routed expert is there, in one dtype and the right shape."""
-    up, down = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
-    for layer in shape.layers:
-        dtypes: set[str] = set()
-        for expert in range(shape.experts):
-            names = family.expert_names(layer, expert)
-            for name, wanted in ((names.gate, up), (names.up, up), (names.down, down)):
-                tensor = headers.tensors.get(name)
-                if tensor is None:
-                    raise _missing_expert(headers, family, name)
-                if tensor.shape != wanted:
-                    raise _misshapen_expert(headers, tensor, wanted)
-                dtypes.add(tensor.dtype)
-        if len(dtypes) > 1:
-            raise UserError(
-                f"The routed experts of layer {layer} in {headers.source} have several dtypes "
-                f"({', '.join(sorted(dtypes))}); convert the checkpoint to one dtype first."
-            )
-
-
-def _missing_expert(headers: CheckpointHeaders, family: Family, name: str) -> UserError:
-    method = quantization_method(headers.config)
-    if method:
-        return UserError(
-            f"{headers.source} is quantised with {method} and lacks the plain tensor {name!r}; "
-            "start from the checkpoint that was not quantised."
-        )
-    return UserError(
-        f"{headers.source} lacks the tensor {name!r}, which its config.json promises; check "
-        f"{family.experts_count_key!r} and the layer count there, or download the checkpoint again."
-    )
-
-
-def _misshapen_expert(
-    headers: CheckpointHeaders, tensor: TensorInfo, wanted: tuple[int, int]
-) -> UserError:
-    return UserError(
-        f"The tensor {tensor.name!r} in {headers.source} has the shape {list(tensor.shape)}, but "
-        f"its config.json means {list(wanted)}; configuration and weights are of different models."
-    )
-
-
-def quantization_method(config: dict[str, Any]) -> str | None:
-    """Return the method that ``quantization_config`` names, or None where there is none."""
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict):
-        return None
-    return str(settings.get("quant_method", "an unnamed method"))
-
-
-def _check_plain_floats(headers: CheckpointHeaders) -> None:
-    for tensor in headers.tensors.values():
-        # Integers under other names (counters, positions) are buffers, not weights.
-        if tensor.name.endswith(".weight") and tensor.dtype not in PLAIN_FLOATS:
-            method = quantization_method(headers.config)
-            how = f" with {method}" if method else ""
-            raise UserError(
-                f"{headers.source} is quantised{how}: {tensor.name!r} is stored as {tensor.dtype}; "
-                "convert the checkpoint to bfloat16 first."
-            )
 
 
 def _known_family(config: dict[str, Any], trust_remote_code: bool) -> Family:

@@ -19,11 +19,12 @@ from moefuse.checkpoint.headers import (
     CheckpointHeaders,
     hub_error,
     local_directory,
+    read_config,
     read_headers,
 )
 from moefuse.errors import UserError
 from moefuse.families import Family, all_families
-from moefuse.modeling import FusedExperts, is_fused, load_fused
+from moefuse.modeling import FusedExperts, is_fused, load_fused, register_fused
 from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,7 +66,11 @@ def load_model(
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint; raises ``UserError`` where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(_download(path), trust_remote_code=trust_remote_code)
+        directory = _download(path)
+        config = read_config(directory)
+        if is_fused(config):
+            register_fused(config)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # tokenizer files and their classes raise whatever they like

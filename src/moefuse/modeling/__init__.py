@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from moefuse.artifacts import read_json
 from moefuse.errors import UserError
@@ -12,12 +12,28 @@ from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX, FusedExperts, f
 
 TRAVELLING_FILE = Path(__file__).with_name("modeling_moefuse.py")
 
-__all__ = ["TRAVELLING_FILE", "FusedExperts", "fused_classes", "is_fused", "load_fused"]
+__all__ = [
+    "TRAVELLING_FILE",
+    "FusedExperts",
+    "fused_classes",
+    "is_fused",
+    "load_fused",
+    "register_fused",
+]
 
 
 def is_fused(config: dict[str, Any]) -> bool:
     """Say whether a ``config.json`` belongs to a checkpoint that moefuse wrote."""
     return "moefuse" in config
+
+
+def register_fused(config: dict[str, Any]) -> None:
+    """Let Transformers' Auto classes know the model type of a fused ``config.json``."""
+    model_type = config["model_type"]
+    fused_config, model, causal = fused_classes(model_type.removeprefix(MODEL_TYPE_PREFIX))
+    AutoConfig.register(model_type, fused_config, exist_ok=True)
+    AutoModel.register(fused_config, model, exist_ok=True)
+    AutoModelForCausalLM.register(fused_config, causal, exist_ok=True)
 
 
 def load_fused(
@@ -33,5 +49,6 @@ def load_fused(
     config = read_json(config_path) if config_path.is_file() else {}
     if not is_fused(config):
         raise UserError(f"{path} is not a fused checkpoint: its config.json has no moefuse block.")
+    register_fused(config)
     *_, causal = fused_classes(config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
     return causal.from_pretrained(path, dtype=dtype, **options)
