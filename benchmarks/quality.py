@@ -42,6 +42,9 @@ def main(
     commit: Annotated[
         str | None, typer.Option(help="Commit to name where there is no git to ask.")
     ] = None,
+    measured_on: Annotated[
+        str | None, typer.Option(help="Where the parts were measured, if on another machine.")
+    ] = None,
 ) -> None:
     """Measure every seed and size, then write the results."""
     start = time.monotonic()
@@ -56,6 +59,8 @@ def main(
     job = Job(demo.teacher_path(), work, {**SETTINGS, "groups": GROUPS[0]})
     meta = demo_meta("make quality", job, time.monotonic() - start)
     meta |= {"seeds": list(range(seeds)), "commit": commit or meta["commit"]}
+    if measured_on:
+        meta["measured_on"] = measured_on
     write_report(work / "report", meta, rows)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in ("report.json", "report.md", "quality.png"):

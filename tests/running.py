@@ -116,6 +116,8 @@ def _run(log: Path, arguments: list[str], die_at: int | None, by: signal.Signals
     from moefuse.cli import main
 
     torch.set_num_threads(1)
+    # A shell's background job, as CI may be, starts its processes deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

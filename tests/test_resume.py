@@ -185,11 +185,17 @@ def test_overwriting_leaves_the_old_or_the_new_whole(job: Job, tmp_path: Path) -
 
 def start(job: Job, folder: Path, *more: str) -> subprocess.Popen[str]:
     program = Path(sys.executable).with_name("moefuse")
-    command = [str(part) for part in (program, *job.arguments(folder), *more)]
+    # A shell's background job, as CI may be, starts its processes deaf to Ctrl-C.
+    hearing = ("env", "--default-signal=INT")
+    command = [str(part) for part in (*hearing, program, *job.arguments(folder), *more)]
     # One thread, as in the run to compare with: another number sums in another order.
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=alone,
     )
 
 

@@ -195,6 +195,7 @@ class Job:
             self.plan,
             self.calibration,
             self.distillation,
+            self.factoring,
             working_itemsize=itemsize,
             rate=matrix_rate(self.device, self.dtype),
         )

@@ -57,6 +57,7 @@ def plan_checkpoint(
         plan,
         build(CalibrateConfig, values),
         build(DistillConfig, values),
+        build(FactorConfig, values),
         working_itemsize=torch.empty(0, dtype=dtype).element_size(),
         rate=matrix_rate(device, dtype),
     )

@@ -106,7 +106,8 @@ def test_what_is_no_model_is_told(tmp_path: Path, tiny_checkpoint: Callable[...,
         ({"hidden_act": "odd"}, "KeyError: 'odd'"),
         ({"num_attention_heads": "four"}, "num_attention_heads"),
         ({"num_hidden_layers": 4}, "lacks 13 of the weights"),
-        ({"moefuse": {}}, "KeyError: 'layers'"),
+        ({"moefuse": {"layers": {}}}, "model_type is 'deepseek_v2'"),
+        ({"moefuse": {}, "model_type": "moefuse_deepseek_v2"}, "moefuse block names no layers"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_told(

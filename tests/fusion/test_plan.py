@@ -296,6 +296,7 @@ def test_an_estimate_grows_with_what_must_be_done() -> None:
             planned(lite(), groups=8, rank=8),
             CalibrateConfig(tokens=tokens),
             DistillConfig(steps=steps),
+            FactorConfig(),
             working_itemsize=2,
             rate=rate,
         ).seconds
@@ -309,7 +310,13 @@ def test_disk_holds_the_student_and_what_every_layer_received_and_returned() -> 
     plan = planned(lite(), groups=8, rank=8)
 
     found = estimate(
-        lite(), plan, CalibrateConfig(tokens=10**5), DistillConfig(), working_itemsize=2, rate=1e12
+        lite(),
+        plan,
+        CalibrateConfig(tokens=10**5),
+        DistillConfig(),
+        FactorConfig(),
+        working_itemsize=2,
+        rate=1e12,
     )
 
     calls = 26 * 10**5 * (2 * 2048 * 2 + 6 * 8)

@@ -101,11 +101,6 @@ def test_without_consent_it_is_refused(stranger: Stranger) -> None:
         assert told is not None and "trust_remote_code=True" in told
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the old spelling of YaRN (rope_scaling beside rope_theta) that export.assemble copies "
-    "makes Transformers 5.19 fail on a model type that it does not know",
-)
 def test_without_consent_the_tokenizer_loads(stranger: Stranger) -> None:
     """It runs no code of the checkpoint's."""
     assert stranger.facts["tokenizer"] is None

@@ -68,8 +68,7 @@ def with_rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_parameters" in config or not old & config.keys():
         return config
     scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("type", None)
-    parameters = {"rope_type": scaling.get("rope_type", kind or "default"), **scaling}
+    parameters = {"rope_type": scaling.get("type", "default"), **scaling}
     if "rope_theta" in config:
         parameters["rope_theta"] = config["rope_theta"]
     return {**{k: v for k, v in config.items() if k not in old}, "rope_parameters": parameters}

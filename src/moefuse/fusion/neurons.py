@@ -31,6 +31,7 @@ from torch import Tensor
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.lowrank import low_rank, whitened_low_rank
 
+LARGEST_IN_FP64 = 4096
 RIDGE = 1e-3
 """Share of the mean squared feature that is added to every squared feature, against overfitting."""
 
@@ -68,11 +69,16 @@ def select_neurons(importance_EF: Tensor, members: Tensor) -> tuple[Tensor, Tens
 
 
 def ridge_solve(gram_BB: Tensor, target_BO: Tensor) -> Tensor:
-    """Solve ``(gram + ridge) s = target`` in fp64; an all-zero Gram matrix gives zeros."""
-    gram_BB = gram_BB.double()
-    ridge = RIDGE * gram_BB.diagonal().mean() + torch.finfo(torch.float32).tiny
-    identity_BB = torch.eye(len(gram_BB), dtype=gram_BB.dtype, device=gram_BB.device)
-    return torch.linalg.solve(gram_BB + ridge * identity_BB, target_BO.double())
+    """Solve ``(gram + ridge) s = target``; an all-zero Gram matrix gives zeros.
+
+    In fp64 while that is cheap: a Gram matrix squares the condition of its features.
+    """
+    dtype = torch.float64 if len(gram_BB) <= LARGEST_IN_FP64 else torch.float32
+    ridge_BB = gram_BB.to(dtype, copy=True)
+    ridge_BB.diagonal().add_(RIDGE * ridge_BB.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    flat_BO = target_BO.to(dtype).reshape(len(gram_BB), -1)
+    solution_BO = torch.cholesky_solve(flat_BO, torch.linalg.cholesky(ridge_BB))
+    return solution_BO.reshape(target_BO.shape)
 
 
 def fit_gains(z_NF: Tensor, target_ND: Tensor, down_DF: Tensor) -> Tensor:

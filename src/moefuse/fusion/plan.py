@@ -231,6 +231,7 @@ def estimate(
     plan: Plan,
     calibrate: CalibrateConfig,
     distill: DistillConfig,
+    factor: FactorConfig,
     *,
     working_itemsize: int,
     rate: float,
@@ -259,5 +260,13 @@ def estimate(
     return Estimate(
         seconds=operations / (rate * REACHED_SHARE) + read,
         disk_bytes=plan.bytes + factors + layers * call + hidden,
-        memory_bytes=RUNTIME_BYTES + max(streaming, distilling),
+        memory_bytes=RUNTIME_BYTES + max(streaming, distilling, fitting_bytes(plan, shape, factor)),
     )
+
+
+def fitting_bytes(plan: Plan, shape: MoeShape, factor: FactorConfig) -> int:
+    """Estimate what fitting a layer's bases holds: its experts in fp32 beside a stored copy of
+    half of them, the bases' features on the tokens fitted to, and three square matrices."""
+    experts = shape.experts * 3 * shape.hidden * shape.intermediate
+    widest = max(layer.groups for layer in plan.layers.values()) * shape.intermediate
+    return 4 * (experts * 3 // 2 + 2 * factor.fit_tokens * widest + 3 * widest**2)

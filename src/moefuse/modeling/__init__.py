@@ -36,6 +36,17 @@ def register_fused(config: dict[str, Any]) -> None:
     AutoModelForCausalLM.register(fused_config, causal, exist_ok=True)
 
 
+def _check_block(path: str | Path, config: dict[str, Any]) -> None:
+    model_type = config.get("model_type")
+    if not str(model_type).startswith(MODEL_TYPE_PREFIX):
+        raise UserError(
+            f"The config.json in {path} has a moefuse block, but its model_type is {model_type!r}; "
+            f"fused checkpoints have one that starts with {MODEL_TYPE_PREFIX!r}."
+        )
+    if not config["moefuse"].get("layers"):
+        raise UserError(f"The moefuse block names no layers in {path}/config.json.")
+
+
 def load_fused(
     path: str | Path, *, dtype: str | torch.dtype = "auto", **options: Any
 ) -> PreTrainedModel:
@@ -49,6 +60,7 @@ def load_fused(
     config = read_json(config_path) if config_path.is_file() else {}
     if not is_fused(config):
         raise UserError(f"{path} is not a fused checkpoint: its config.json has no moefuse block.")
+    _check_block(path, config)
     register_fused(config)
     *_, causal = fused_classes(config["model_type"].removeprefix(MODEL_TYPE_PREFIX))
     return causal.from_pretrained(path, dtype=dtype, **options)
