@@ -44,7 +44,7 @@ def test_one_line_a_size_and_one_column_a_method_and_stage() -> None:
         row("fused", 16, "one-shot", 0.0001),
     ]
     assert markdown_table(rows) == (
-        "| Experts | Expert bytes | fused, one-shot | reap, one-shot | fused, distilled "
+        "| Fused experts | Expert bytes | fused, one-shot | reap, one-shot | fused, distilled "
         "| reap, distilled |\n"
         "| ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| 16 | 16 MB | 1.0e-04 (75.0%) | - | - | - |\n"
@@ -59,7 +59,7 @@ def test_seeds_become_a_mean_and_a_spread() -> None:
     rows = [row("fused", 8, None, kl, seed=seed) for seed, kl in enumerate([0.5, 0.6, 0.7])]
     rows += [row("reap", 8, None, 0.55, seed=0), row("reap", 8, None, 0.75, seed=1)]
     assert markdown_table(rows).splitlines() == [
-        "| Experts | Expert bytes | fused | reap |",
+        "| Fused experts | Expert bytes | fused | reap |",
         "| ---: | ---: | ---: | ---: |",
         "| 8 | 8 MB | **0.600** ± 0.100 (75.0%) | 0.650 ± 0.141 (75.0%) |",
     ]

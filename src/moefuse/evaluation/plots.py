@@ -105,8 +105,12 @@ def _line(axes: Axes, rows: Sequence[Row], number: int, whole: float, *, is_last
 
 
 def _name_groups(axes: Axes, rows: Sequence[Row], whole: float) -> None:
-    """Write the number of groups into the markers of the last stage, which are big enough."""
-    last = max((row.stage for row in rows), key=stage_order)
+    """Write the number of fused experts into the markers of the last stage, which are big enough.
+
+    Only models with deltas have fused experts; rivals at the same bytes keep another number.
+    """
+    rows = [row for row in rows if row.rank is not None]
+    last = max((row.stage for row in rows), key=stage_order, default=None)
     for method in dict.fromkeys(row.method for row in rows):
         line = [row for row in rows if (row.method, row.stage) == (method, last)]
         for size, kl, groups in _points(line):
@@ -201,5 +205,5 @@ def _legend(
             for stage in stages
         ]
     if has_groups:
-        entries.append(Line2D([], [], linestyle="", label="number: experts left in a layer"))
+        entries.append(Line2D([], [], linestyle="", label="number: fused experts in a layer"))
     axes.legend(handles=entries, frameon=False, fontsize=9, loc="best", handlelength=2.6)

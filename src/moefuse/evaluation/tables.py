@@ -35,7 +35,7 @@ def _comparison(rows: Sequence[Row], by: str) -> str:
     stages = sorted({row.stage for row in rows}, key=stage_order)
     used = {(row.stage, row.method) for row in rows}
     columns = [column for column in product(stages, methods) if column in used]
-    lead = ["Experts", "Expert bytes"] if by == "groups" else ["Expert bytes"]
+    lead = ["Fused experts", "Expert bytes"] if by == "groups" else ["Expert bytes"]
     titles = [*lead, *(f"{method}, {stage}" if stage else method for stage, method in columns)]
     lines = _lines_by_groups(rows) if by == "groups" else _lines_by_bytes(rows)
     shown = {"groups"} if by == "expert_bytes" else set()
