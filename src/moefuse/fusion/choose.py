@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moefuse.config import FactorConfig
-from moefuse.errors import UserError
 from moefuse.fusion.factor import factor_layer
 from moefuse.fusion.neurons import fit_neurons
 from moefuse.mathematics.alignment import ExpertWeights, align
@@ -49,11 +48,8 @@ def factor(
 
     ``experts`` and ``call`` in fp32 on one device; of the call's tokens the first
     ``options.fit_tokens`` are fitted to and the others judge (the same, where there are no others);
-    ``group_of_expert`` (E,) integers on that device. Raises ``UserError`` for neurons without
-    scales.
+    ``group_of_expert`` (E,) integers on that device.
     """
-    if options.base == "neurons" and not options.scale:
-        raise UserError("--base neurons needs scales; leave out --no-scale or choose --base mean.")
     tokens = len(call.x_TD)
     fit = call.rows(slice(0, options.fit_tokens))
     judge = call.rows(slice(options.fit_tokens, None)) if tokens > options.fit_tokens else fit

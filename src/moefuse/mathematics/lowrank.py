@@ -20,6 +20,8 @@ def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Singular values are split evenly between the two factors. R above min(O, I) is padded with
     zeros, so that every rank has one shape.
     """
+    if not rank:
+        return matrix_OI[..., :, :0].clone(), matrix_OI[..., :0, :].clone()
     u_OM, s_M, v_MI = torch.linalg.svd(matrix_OI, full_matrices=False)
     kept = min(rank, s_M.shape[-1])
     root_R = s_M[..., :kept].sqrt()
