@@ -229,15 +229,16 @@ def measure_contenders(job: Job, contenders: list[Contender], held_out: HeldOut)
     teacher, _ = load_model(job.reader.directory, dtype="float32", device=job.device)
     family = job.reader.family
     models = {c.name: model_with(teacher, family, c.students) for c in contenders}
-    found = evaluate(
-        {TEACHER: teacher, **models},
-        held_out.sequences,
-        teacher=teacher,
-        documents=held_out.documents,
-        pad_id=0,
-        device=job.device,
-        description="Evaluate",
-    )
+    with job.suited_threads():
+        found = evaluate(
+            {TEACHER: teacher, **models},
+            held_out.sequences,
+            teacher=teacher,
+            documents=held_out.documents,
+            pad_id=0,
+            device=job.device,
+            description="Evaluate",
+        )
     rows = [contender_row(job, contender, found[contender.name]) for contender in contenders]
     return [teacher_row(job, found[TEACHER]), *rows]
 

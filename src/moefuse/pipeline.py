@@ -276,7 +276,8 @@ class Job:
         """Stream the teacher over the text and keep what its MoE layers received and returned."""
         _ = self.teacher, self.batches
         self.check_weights()
-        collect(self.teacher, self.batches, self.store)
+        with self.suited_threads():
+            collect(self.teacher, self.batches, self.store)
 
     def group(self) -> None:
         """Choose which experts of each layer share a base."""

@@ -12,13 +12,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausalLM
 
-from moefuse.demo import calibration_path, heldout_path, teacher_path
-from moefuse.demo import train_teacher as script
+from moefuse.demo import (
+    calibration_path,
+    heldout_path,
+    teacher_card,
+    teacher_data,
+    teacher_model,
+    teacher_path,
+    train_teacher,
+)
 
 TINY = {
-    "vocab_size": script.VOCAB_SIZE,
+    "vocab_size": teacher_data.VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 64,
     "moe_intermediate_size": 16,
@@ -59,7 +67,7 @@ def test_weights_are_bf16_and_at_most_25_megabytes() -> None:
     shards = sorted(teacher_path().glob("*.safetensors"))
     assert len(shards) > 1
     assert sum(shard.stat().st_size for shard in shards) <= 25_000_000
-    tensors = {k: v for shard in shards for k, v in script.load_file(shard).items()}
+    tensors = {k: v for shard in shards for k, v in load_file(shard).items()}
     assert {v.dtype for v in tensors.values()} == {torch.bfloat16}
     assert tensors["model.layers.5.mlp.experts.63.gate_proj.weight"].shape == (64, 160)
     index = json.loads((teacher_path() / "model.safetensors.index.json").read_text())
@@ -68,16 +76,16 @@ def test_weights_are_bf16_and_at_most_25_megabytes() -> None:
 
 def test_architecture_is_deepseek_v2(teacher: Any) -> None:
     assert isinstance(teacher, DeepseekV2ForCausalLM)
-    fresh = script.teacher_config().to_dict()
+    fresh = teacher_model.teacher_config().to_dict()
     assert {k: teacher.config.to_dict()[k] for k in TINY} == {k: fresh[k] for k in TINY}
 
 
 def test_special_tokens_are_single_ids(tokenizer: Any) -> None:
-    for number, token in enumerate(script.SPECIAL_TOKENS):
+    for number, token in enumerate(teacher_data.SPECIAL_TOKENS):
         assert tokenizer(token, add_special_tokens=False)["input_ids"] == [number]
     assert tokenizer("x = 1")["input_ids"][0] == tokenizer.bos_token_id == 0
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
-    assert len(tokenizer) == script.VOCAB_SIZE
+    assert len(tokenizer) == teacher_data.VOCAB_SIZE
 
 
 def test_text_survives_the_tokenizer(tokenizer: Any) -> None:
@@ -92,31 +100,33 @@ def test_chat_template(tokenizer: Any) -> None:
         {"role": "assistant", "content": "A"},
     ]
     plain = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert plain == f"{script.BOS}S\n\nUser: Q\n\nAssistant: A{script.EOS}"
-    assert plain.endswith(script.render_chat("Q", "A"))
+    assert plain == f"{teacher_data.BOS}S\n\nUser: Q\n\nAssistant: A{teacher_data.EOS}"
+    assert plain.endswith(teacher_data.render_chat("Q", "A"))
     prompt = tokenizer.apply_chat_template(
         messages[1:2], tokenize=False, add_generation_prompt=True
     )
-    assert prompt == f"{script.BOS}User: Q\n\nAssistant:"
+    assert prompt == f"{teacher_data.BOS}User: Q\n\nAssistant:"
 
 
 def test_shipped_texts_keep_to_their_side_of_the_split() -> None:
-    calibration = script.read_lines(calibration_path())
-    heldout = script.read_lines(heldout_path())
+    calibration = teacher_data.read_lines(calibration_path())
+    heldout = teacher_data.read_lines(heldout_path())
     assert not {x["source"] for x in calibration} & {x["source"] for x in heldout}
     assert not {x["text"] for x in calibration} & {x["text"] for x in heldout}
-    assert all(script.is_heldout(x["source"]) for x in heldout)
-    assert not any(script.is_heldout(x["source"]) for x in calibration)
+    assert all(teacher_data.is_heldout(x["source"]) for x in heldout)
+    assert not any(teacher_data.is_heldout(x["source"]) for x in calibration)
     for lines in (calibration, heldout):
         assert {x["kind"] for x in lines} == {"plain", "fim", "chat"}
-        assert not any(x["text"].startswith(script.BOS) for x in lines)
+        assert not any(x["text"].startswith(teacher_data.BOS) for x in lines)
 
 
 def test_teacher_predicts_heldout_text(
     teacher: Any, tokenizer: Any, metrics: dict[str, Any]
 ) -> None:
-    load = script.ExpertLoad(teacher)
-    report = script.measure_text(teacher, tokenizer, script.read_lines(heldout_path())[:6])
+    load = teacher_card.ExpertLoad(teacher)
+    report = teacher_card.measure_text(
+        teacher, tokenizer, teacher_data.read_lines(heldout_path())[:6]
+    )
     assert report["all"]["cross_entropy"] < metrics["heldout"]["unigram_cross_entropy"] / 2
     assert all(count.min() > 0 for count in load.counts.values())
     for handle in load.handles:
@@ -154,28 +164,28 @@ def test_teacher_saves_back_what_it_was_loaded_from(teacher: Any, tmp_path: Path
     ],
 )
 def test_module_of(path: str, module: str) -> None:
-    assert script.module_of(path) == module
+    assert teacher_data.module_of(path) == module
 
 
 def test_tests_are_held_out_with_what_they_test() -> None:
-    assert script.is_heldout("zipfile.py")
-    assert script.is_heldout("test/test_zipfile64.py")
-    assert not script.is_heldout("test/test_zipapp.py")
+    assert teacher_data.is_heldout("zipfile.py")
+    assert teacher_data.is_heldout("test/test_zipfile64.py")
+    assert not teacher_data.is_heldout("test/test_zipapp.py")
 
 
 def test_split_source_loses_nothing_and_keeps_to_the_limit() -> None:
     text = Path(textwrap_file()).read_text("utf-8")
-    pieces = script.split_source(text, 1500)
+    pieces = teacher_data.split_source(text, 1500)
     assert "".join(pieces) == text
     assert len(pieces) > 5
     assert max(map(len, pieces)) <= 1500
-    assert script.split_source("x = 1", 100) == ["x = 1"]
+    assert teacher_data.split_source("x = 1", 100) == ["x = 1"]
 
 
 def test_fim_arrangement_can_be_undone() -> None:
     tokens = np.arange(10, 110, dtype=np.uint16)
     for seed in range(50):
-        out = script.arrange_fim(tokens, np.random.default_rng(seed))
+        out = teacher_data.arrange_fim(tokens, np.random.default_rng(seed))
         hole, end = (int(np.flatnonzero(out == i)[0]) for i in (3, 4))
         assert out[0] == 2
         assert out.dtype == tokens.dtype
@@ -186,25 +196,25 @@ def test_fim_arrangement_can_be_undone() -> None:
 def test_chat_pairs_ask_both_ways() -> None:
     docstring = '"""Say  it.\n\n        More."""'
     source = f"class A:\n    def f(self, x=1):\n        {docstring}\n        return x\n"
-    (ask, code), (what, summary) = script.chat_pairs(source)
+    (ask, code), (what, summary) = teacher_data.chat_pairs(source)
     assert ask == "Write a Python function f(self, x=1) that does this: Say it."
     assert code.startswith("```python\ndef f(self, x=1):\n")
     assert '"""' not in what
     assert "    return x" in what
     assert summary == "Say it."
-    assert script.chat_pairs("print 'python 2'") == []
+    assert teacher_data.chat_pairs("print 'python 2'") == []
 
 
 def test_sequences_share_one_token() -> None:
-    rows = script.to_sequences(np.arange(25, dtype=np.uint16), 8)
+    rows = teacher_data.to_sequences(np.arange(25, dtype=np.uint16), 8)
     assert rows.tolist() == [list(range(i, i + 9)) for i in (0, 8, 16)]
 
 
 def test_training_forward_agrees_with_transformers() -> None:
     torch.manual_seed(0)
-    model = DeepseekV2ForCausalLM(script.teacher_config(**TINY)).eval()
-    rows = torch.randint(0, script.VOCAB_SIZE, (2, 33))
-    loss, balance, shares = script.Objective(model, torch.float32, compiled=False)(rows)
+    model = DeepseekV2ForCausalLM(teacher_model.teacher_config(**TINY)).eval()
+    rows = torch.randint(0, teacher_data.VOCAB_SIZE, (2, 33))
+    loss, balance, shares = teacher_model.Objective(model, torch.float32, compiled=False)(rows)
     logits = model(rows[:, :-1]).logits
     expected = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     torch.testing.assert_close(loss, expected)
@@ -235,7 +245,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("textwrap.py", "shlex.py", "copy.py", "calendar.py"):
         shutil.copy(Path(textwrap_file()).with_name(name), root / "lib")
     options = ["--stdlib", f"{root}/lib", "--work", f"{root}/work", "--data", f"{root}/data"]
-    script.main(["prepare", *options, "--heldout-bytes", "8000", "--calibration-bytes", "8000"])
+    train_teacher.main(
+        ["prepare", *options, "--heldout-bytes", "8000", "--calibration-bytes", "8000"]
+    )
     yield root
 
 
@@ -243,21 +255,23 @@ def test_prepare_twice_gives_the_same(work: Path) -> None:
     names = ["data/heldout.jsonl", "data/calibration.jsonl", "work/corpus.safetensors"]
     before = [(work / name).read_bytes() for name in names]
     options = ["--stdlib", f"{work}/lib", "--work", f"{work}/work", "--data", f"{work}/data"]
-    script.main(["prepare", *options, "--heldout-bytes", "8000", "--calibration-bytes", "8000"])
+    train_teacher.main(
+        ["prepare", *options, "--heldout-bytes", "8000", "--calibration-bytes", "8000"]
+    )
     assert before == [(work / name).read_bytes() for name in names]
 
 
 def test_training_learns_and_resumes(work: Path, tmp_path: Path) -> None:
-    def run(steps: int) -> script.Run:
+    def run(steps: int) -> train_teacher.Run:
         options = f"train --work {work}/work --out {tmp_path} --device cpu --steps {steps}"
         options += " --batch 4 --length 64 --lr 0.01 --dropout 0.1"
-        return script.train(
-            script.parser().parse_args(options.split()), script.teacher_config(**TINY)
+        return train_teacher.train(
+            train_teacher.parser().parse_args(options.split()), teacher_model.teacher_config(**TINY)
         )
 
     first = run(12)
     assert first.progress.step == 12
-    assert first.progress.best_heldout < math.log(script.VOCAB_SIZE) - 0.3
+    assert first.progress.best_heldout < math.log(teacher_data.VOCAB_SIZE) - 0.3
     second = run(20)
     assert second.progress.step == 20
     assert second.progress.tokens == 20 * 4 * 64
