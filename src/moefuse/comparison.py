@@ -117,8 +117,10 @@ def compress(job: Job, layer: int, name: str, experts: int) -> nn.Module:
         block,
         job.experts(layer),
         job.store.statistics(layer),
+        job.store.sample(layer, job.factoring.fit_tokens).to(job.device),
+        job.compute.seed,
     )
-    return method(name)(described, experts)
+    return method(name).compress(described, described.numbers * experts // job.sizes.shape.experts)
 
 
 def rounded(student: nn.Module, stored: torch.dtype) -> nn.Module:

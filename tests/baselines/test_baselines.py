@@ -22,6 +22,8 @@ from moefuse.mathematics.statistics import LayerStatistics
 
 FAMILIES = sorted(all_families())
 E, K, D = 8, 2, 32
+EXPERT = 3 * D * 16
+"""Numbers of one expert of the tiny models."""
 SCORES = torch.tensor([0.5, 3.0, 1.0, 0.2, 2.0, 2.5, 0.1, 4.0], dtype=torch.float64)
 BY_SCORE = [7, 1, 5, 4, 2, 0, 3, 6]
 
@@ -37,7 +39,8 @@ def layer_of(block: nn.Module, model_type: str, config: object = None) -> Layer:
     statistics = LayerStatistics.empty(E, D)
     with torch.no_grad():
         statistics.add(teacher_call(block, model_type), experts)
-    return Layer(family, config or tiny_config(model_type), block, experts, statistics)
+    call = teacher_call(block, model_type)
+    return Layer(family, config or tiny_config(model_type), block, experts, statistics, call)
 
 
 @torch.no_grad()
@@ -58,7 +61,7 @@ def native_block(model_type: str) -> nn.Module:
 
 
 def compressed(model_type: str, name: str, experts: int) -> nn.Module:
-    return method(name)(layer_of(native_block(model_type), model_type), experts)
+    return method(name).compress(layer_of(native_block(model_type), model_type), experts * EXPERT)
 
 
 def output(student: nn.Module, call: ExpertsCall) -> Tensor:
@@ -74,7 +77,8 @@ def with_scores(layer: Layer, score_E: Tensor) -> Layer:
 
 def test_the_methods_are_found_by_listing() -> None:
     assert {"reap", "hc-smoe"} <= set(method_names())
-    assert all(callable(method(name)) for name in method_names())
+    for name in method_names():
+        assert hasattr(method(name), "compress") != hasattr(method(name), "quantize")
 
 
 @pytest.mark.parametrize("name", ["best", "_native", "hc_smoe"])
@@ -93,7 +97,7 @@ def test_reap_keeps_the_experts_of_highest_score(model_type: str, experts: int) 
     layer = with_scores(layer_of(block, model_type), SCORES)
     kept = sorted(BY_SCORE[:experts])
 
-    student = method("reap")(layer, experts)
+    student = method("reap").compress(layer, experts * EXPERT)
 
     assert isinstance(student, KeptExperts)
     native = student.routed.get_submodule(layer.family.experts_name)
@@ -108,7 +112,7 @@ def test_reap_keeps_the_experts_of_highest_score(model_type: str, experts: int) 
 def test_ties_keep_the_lower_numbers() -> None:
     layer = with_scores(layer_of(native_block("mixtral"), "mixtral"), torch.ones(E).double())
 
-    student = method("reap")(layer, 3)
+    student = method("reap").compress(layer, 3 * EXPERT)
 
     native = student.get_submodule("routed.experts")
     assert torch.equal(native.gate_up_proj.data, layer.experts.gate_up_EFD[:3])  # type: ignore[union-attr, index]
@@ -128,7 +132,7 @@ def test_reap_routes_as_the_native_router_with_those_rows(model_type: str, exper
     _, weight_TK, index_TK = router(call.x_TD)
     native = block.get_submodule(layer.family.experts_name)
 
-    student = method("reap")(layer, experts)
+    student = method("reap").compress(layer, experts * EXPERT)
 
     expected = native(call.x_TD, kept[index_TK], weight_TK)
     assert_close(output(student, call), expected)
@@ -150,7 +154,7 @@ def test_reap_frees_a_router_that_chose_groups_of_experts_first(experts: int) ->
     weight_TK = scores_TE.gather(1, index_TK)
     weight_TK = weight_TK / weight_TK.sum(1, keepdim=True) * float(gate.routed_scaling_factor)  # type: ignore[arg-type]
 
-    student = method("reap")(layer, experts)
+    student = method("reap").compress(layer, experts * EXPERT)
 
     expected = block.get_submodule("experts")(call.x_TD, kept[index_TK], weight_TK)
     assert_close(output(student, call), expected)
@@ -223,7 +227,7 @@ def test_hc_smoe_merges_equal_experts_exactly(model_type: str) -> None:
         parameter.data = parameter.data[twin_of]  # type: ignore[union-attr, index, assignment]
     call = teacher_call(block, model_type)
 
-    student = method("hc-smoe")(layer_of(block, model_type), 4)
+    student = method("hc-smoe").compress(layer_of(block, model_type), 4 * EXPERT)
 
     assert isinstance(student, MergedExperts)
     assert student.merged_of_expert.tolist() == [0, 1, 0, 2, 1, 0, 2, 3]
@@ -236,7 +240,7 @@ def test_hc_smoe_merges_by_how_often_each_is_chosen() -> None:
     count_E = layer.statistics.count_E
     cluster_E = agglomerate(mean_output_affinity(layer.statistics.mean_output_ED), 3)
 
-    student = method("hc-smoe")(layer, 3)
+    student = method("hc-smoe").compress(layer, 3 * EXPERT)
 
     assert isinstance(student, MergedExperts)
     assert torch.equal(student.merged_of_expert, cluster_E)
@@ -251,7 +255,7 @@ def test_hc_smoe_merges_clusters_that_no_token_chose() -> None:
     layer = layer_of(native_block("mixtral"), "mixtral")
     layer.statistics.coactivation_EE.zero_()
 
-    student = method("hc-smoe")(layer, 1)
+    student = method("hc-smoe").compress(layer, 1 * EXPERT)
 
     expected = layer.experts.down_EDF.mean(0)
     assert_close(student.native.down_proj.data[0], expected)  # type: ignore[union-attr, index]

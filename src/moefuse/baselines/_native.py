@@ -18,6 +18,10 @@ class MergedExperts(nn.Module):
         self.native = native
         self.register_buffer("merged_of_expert", merged_of_expert)
 
+    def active_parameters(self, top_k: int) -> int:
+        """Return the most routed numbers that one token passes: ``top_k`` merged experts."""
+        return native_active(self.native, top_k)
+
     def forward(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return the routed output, (T, D)."""
         return self.native(x_TD, self.merged_of_expert[index_TK], weight_TK)
@@ -37,12 +41,17 @@ class KeptExperts(nn.Module):
     only the routed part of its output is returned.
     """
 
-    def __init__(self, block: nn.Module, shared_names: list[str]) -> None:
+    def __init__(self, block: nn.Module, shared_names: list[str], experts_name: str) -> None:
         super().__init__()
         self.routed = block
         self.shared_names = shared_names
+        self.experts_name = experts_name
         for name in shared_names:
             setattr(block, name, _Nothing())
+
+    def active_parameters(self, top_k: int) -> int:
+        """Return the most routed numbers that one token passes: ``top_k`` kept experts."""
+        return native_active(self.routed.get_submodule(self.experts_name), top_k)
 
     def forward(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:  # noqa: ARG002
         """Return the routed output, (T, D)."""
@@ -56,6 +65,12 @@ class KeptExperts(nn.Module):
         for name in self.shared_names:
             setattr(whole, name, getattr(block, name))
         return whole
+
+
+def native_active(native: nn.Module, top_k: int) -> int:
+    """Return the numbers of at most ``top_k`` experts of a native experts module."""
+    gate_up, down = native.get_parameter("gate_up_proj"), native.get_parameter("down_proj")
+    return min(top_k, len(gate_up)) * (gate_up[0].numel() + down[0].numel())
 
 
 def native_experts(layer: Layer, gate_up: Tensor, down: Tensor) -> nn.Module:
@@ -79,7 +94,7 @@ def kept_experts(layer: Layer, kept: Tensor) -> KeptExperts:
     block.requires_grad_(False)
     block.get_submodule(family.experts_name).requires_grad_(True)
     shared = [name for name, child in block.named_children() if _is_shared(layer, name, child)]
-    return KeptExperts(block, shared)
+    return KeptExperts(block, shared, family.experts_name)
 
 
 def _is_shared(layer: Layer, name: str, child: nn.Module) -> bool:

@@ -15,8 +15,9 @@ from moefuse.mathematics.clustering import agglomerate
 from moefuse.mathematics.similarity import mean_output_affinity
 
 
-def compress(layer: Layer, experts: int) -> nn.Module:
-    """Merge the layer's experts into ``experts`` clusters."""
+def compress(layer: Layer, numbers: int) -> nn.Module:
+    """Merge the layer's experts into as many clusters as ``numbers`` hold."""
+    experts = layer.experts_within(numbers)
     statistics = layer.statistics
     cluster_E = agglomerate(mean_output_affinity(statistics.mean_output_ED), experts)
     share_EM = torch.zeros(len(cluster_E), experts, dtype=torch.float64)

@@ -11,8 +11,9 @@ from moefuse.baselines import Layer
 from moefuse.baselines._native import kept_experts
 
 
-def compress(layer: Layer, experts: int) -> nn.Module:
-    """Keep the ``experts`` experts of highest score, in their order."""
+def compress(layer: Layer, numbers: int) -> nn.Module:
+    """Keep as many experts as ``numbers`` hold, those of highest score, in their order."""
+    experts = layer.experts_within(numbers)
     score_E = layer.statistics.mean_weighted_norm_E
     kept = score_E.sort(descending=True, stable=True).indices[:experts].sort().values
     return kept_experts(layer, kept)
