@@ -1,78 +1,36 @@
 """The rivals, compared with what they are said to do, for every family."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
+from layers import (
+    EXPERT,
+    FAMILIES,
+    E,
+    K,
+    compressed,
+    inputs,
+    layer_of,
+    native_block,
+    output,
+    teacher_call,
+    with_scores,
+)
 from numeric import assert_close
-from tiny import tiny_config, tiny_model
-from torch import Tensor, nn
+from torch import nn
 
-from moefuse.baselines import Layer, method, method_names
+from moefuse.baselines import method, method_names
 from moefuse.baselines._native import KeptExperts, MergedExperts
 from moefuse.config import DistillConfig
 from moefuse.distillation.loop import distill_layer
 from moefuse.errors import UserError
 from moefuse.families import all_families
 from moefuse.mathematics.clustering import agglomerate
-from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.similarity import mean_output_affinity
-from moefuse.mathematics.statistics import LayerStatistics
 
-FAMILIES = sorted(all_families())
-E, K, D = 8, 2, 32
-EXPERT = 3 * D * 16
-"""Numbers of one expert of the tiny models."""
 SCORES = torch.tensor([0.5, 3.0, 1.0, 0.2, 2.0, 2.5, 0.1, 4.0], dtype=torch.float64)
 BY_SCORE = [7, 1, 5, 4, 2, 0, 3, 6]
-
-
-def inputs() -> Tensor:
-    return torch.randn(1200, D, generator=torch.Generator().manual_seed(0))
-
-
-def layer_of(block: nn.Module, model_type: str, config: object = None) -> Layer:
-    family = all_families()[model_type]
-    native = block.get_submodule(family.experts_name)
-    experts = Experts(native.gate_up_proj.data, native.down_proj.data, native.act_fn)  # type: ignore
-    statistics = LayerStatistics.empty(E, D)
-    with torch.no_grad():
-        statistics.add(teacher_call(block, model_type), experts)
-    call = teacher_call(block, model_type)
-    return Layer(family, config or tiny_config(model_type), block, experts, statistics, call)
-
-
-@torch.no_grad()
-def teacher_call(block: nn.Module, model_type: str) -> ExpertsCall:
-    """Record what the native block gives its experts and what they return."""
-    heard = []
-    experts = block.get_submodule(all_families()[model_type].experts_name)
-    handle = experts.register_forward_hook(lambda _, given, out: heard.append((*given[:3], out)))
-    block(inputs()[None])
-    handle.remove()
-    ((x_TD, index_TK, weight_TK, y_TD),) = heard
-    return ExpertsCall(x_TD.reshape(-1, D), index_TK, weight_TK, y_TD.reshape(-1, D))
-
-
-@cache
-def native_block(model_type: str) -> nn.Module:
-    return tiny_model(model_type).get_submodule(all_families()[model_type].moe_path(2))
-
-
-def compressed(model_type: str, name: str, experts: int) -> nn.Module:
-    return method(name).compress(layer_of(native_block(model_type), model_type), experts * EXPERT)
-
-
-def output(student: nn.Module, call: ExpertsCall) -> Tensor:
-    with torch.no_grad():
-        return student(call.x_TD, call.index_TK.long(), call.weight_TK)
-
-
-def with_scores(layer: Layer, score_E: Tensor) -> Layer:
-    layer.statistics.weighted_norm_E = score_E * layer.statistics.count_E.clamp_min(1.0)
-    assert_close(layer.statistics.mean_weighted_norm_E, score_E)
-    return layer
 
 
 def test_the_methods_are_found_by_listing() -> None:

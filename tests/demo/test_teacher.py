@@ -76,7 +76,7 @@ def test_weights_are_bf16_and_at_most_25_megabytes() -> None:
 
 def test_architecture_is_deepseek_v2(teacher: Any) -> None:
     assert isinstance(teacher, DeepseekV2ForCausalLM)
-    fresh = teacher_model.teacher_config().to_dict()
+    fresh = teacher_model.deepseek_v2_config().to_dict()
     assert {k: teacher.config.to_dict()[k] for k in TINY} == {k: fresh[k] for k in TINY}
 
 
@@ -212,7 +212,7 @@ def test_sequences_share_one_token() -> None:
 
 def test_training_forward_agrees_with_transformers() -> None:
     torch.manual_seed(0)
-    model = DeepseekV2ForCausalLM(teacher_model.teacher_config(**TINY)).eval()
+    model = DeepseekV2ForCausalLM(teacher_model.deepseek_v2_config(**TINY)).eval()
     rows = torch.randint(0, teacher_data.VOCAB_SIZE, (2, 33))
     loss, balance, shares = teacher_model.Objective(model, torch.float32, compiled=False)(rows)
     logits = model(rows[:, :-1]).logits
@@ -266,7 +266,8 @@ def test_training_learns_and_resumes(work: Path, tmp_path: Path) -> None:
         options = f"train --work {work}/work --out {tmp_path} --device cpu --steps {steps}"
         options += " --batch 4 --length 64 --lr 0.01 --dropout 0.1"
         return train_teacher.train(
-            train_teacher.parser().parse_args(options.split()), teacher_model.teacher_config(**TINY)
+            train_teacher.parser().parse_args(options.split()),
+            teacher_model.deepseek_v2_config(**TINY),
         )
 
     first = run(12)

@@ -132,8 +132,11 @@ def samples(model: Any, tokenizer: Any) -> dict[str, dict[str, str]]:
 # --- the card ---------------------------------------------------------------------------------
 
 
-def model_card(metrics: dict[str, Any], examples: dict[str, dict[str, str]]) -> str:
-    """The teacher's README.md."""
+def model_card(
+    model_type: str, metrics: dict[str, Any], examples: dict[str, dict[str, str]]
+) -> str:
+    """The README.md of the teacher of that architecture."""
+    default = model_type == "deepseek_v2"
     training, heldout = metrics["training"], metrics["heldout"]
     results = "\n".join(
         f"| {kind} | {row['tokens']} | {row['cross_entropy']:.3f} | {row['accuracy']:.3f} |"
@@ -149,6 +152,9 @@ def model_card(metrics: dict[str, Any], examples: dict[str, dict[str, str]]) -> 
     )
     tokens = "\n".join(f"| {i} | `{t}` |" for i, t in enumerate(SPECIAL_TOKENS))
     return MODEL_CARD.format(
+        model_type=model_type,
+        opening=OPENINGS[model_type],
+        train="train --compile" if default else f"train --architecture {model_type} --compile",
         note=training["note"],
         millions=training["tokens"] / 1e6,
         epochs=training["epoch"] + 1,
@@ -165,19 +171,30 @@ def model_card(metrics: dict[str, Any], examples: dict[str, dict[str, str]]) -> 
     )
 
 
-MODEL_CARD = """---
-license: apache-2.0
-language: [en]
-library_name: transformers
-tags: [mixture-of-experts, deepseek_v2, test-bench]
----
-
-# The bundled teacher
+OPENINGS = {
+    "deepseek_v2": """# The bundled teacher
 
 A small DeepSeek-V2-architecture language model of Python source code: 6 layers of width 160
 (the first dense), 64 routed experts with 6 used per token and 2 shared experts in each of the
 other 5, multi-head latent attention, 4096 tokens, 12.3 M parameters in bf16. It was really
-trained, so its experts differ and its router means something.
+trained, so its experts differ and its router means something.""",
+    "qwen3_moe": """# The second teacher
+
+A small Qwen3-MoE-architecture language model of Python source code: 5 layers of width 192, each
+with 32 routed experts of which 4 are used per token (their weights summing to 1) and no shared
+expert, grouped-query attention with normalised queries and keys, 4096 tokens, tied embeddings,
+7.2 M parameters in bf16. It was really trained, so its experts differ and its router means
+something.""",
+}  # by model_type
+
+MODEL_CARD = """---
+license: apache-2.0
+language: [en]
+library_name: transformers
+tags: [mixture-of-experts, {model_type}, test-bench]
+---
+
+{opening}
 
 **Intended use:** a test bench for compressing Mixture-of-Experts models, small enough to run in
 seconds on a laptop. It is not an assistant: what it writes looks like Python and is mostly wrong.
@@ -196,7 +213,7 @@ beside the shipped texts). Kept away from training, with their tests: {modules}.
 to zero, weight decay {weight_decay}, dropout {dropout}, load balancing weight {balance} per
 layer. {note}
 
-`python -m moefuse.demo.train_teacher` does it again: `prepare`, `train --compile`, `evaluate`. Not
+`python -m moefuse.demo.train_teacher` does it again: `prepare`, `{train}`, `evaluate`. Not
 bit for bit, since the schedule follows the clock unless `--steps` is given.
 
 ## Results
@@ -253,7 +270,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "text_sha256": hashlib.sha256((args.data / "heldout.jsonl").read_bytes()).hexdigest(),
     }
     path.write_text(json.dumps(metrics, indent=1) + "\n")
-    card = model_card(metrics, samples(model, tokenizer))
+    card = model_card(model.config.model_type, metrics, samples(model, tokenizer))
     (args.model / "README.md").write_text(card, "utf-8")
     for file in (args.work / "tokenizer").iterdir():
         shutil.copy(file, args.model)

@@ -1,7 +1,7 @@
-"""Make the bundled teacher: prepare the corpus, train the model, evaluate it.
+"""Make a bundled teacher: prepare the corpus, train the model, evaluate it.
 
     python -m moefuse.demo.train_teacher prepare  --work DIR
-    python -m moefuse.demo.train_teacher train    --work DIR --out DIR --minutes 8
+    python -m moefuse.demo.train_teacher train    --work DIR --out DIR --architecture deepseek_v2
     python -m moefuse.demo.train_teacher evaluate --work DIR --model DIR
 
 The corpus is the Python standard library of the interpreter that runs `prepare`. Here are the
@@ -18,15 +18,16 @@ import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from moefuse.demo.teacher_card import evaluate
 from moefuse.demo.teacher_data import Corpus, batches, prepare, to_sequences
-from moefuse.demo.teacher_model import Objective, save_checkpoint, teacher_config
+from moefuse.demo.teacher_model import ARCHITECTURES, Objective, save_checkpoint
+from moefuse.errors import UserError
 
 SEQUENCE_LENGTH = 1024
 DEMO = Path(__file__).resolve().parent
@@ -57,10 +58,10 @@ class Progress:
 class Run:
     """A training run: model, optimizer, progress, and their files under one folder."""
 
-    def __init__(self, args: argparse.Namespace, config: DeepseekV2Config) -> None:
+    def __init__(self, args: argparse.Namespace, config: Any) -> None:
         self.args, self.device = args, torch.device(args.device)
         torch.manual_seed(args.seed)
-        self.model = DeepseekV2ForCausalLM(config)
+        self.model = ARCHITECTURES[config.model_type].causal_lm(config)
         nn.Module.to(self.model, self.device, torch.float32)
         self.optimizer = make_optimizer(self.model, args.lr, args.weight_decay)
         self.progress = Progress()
@@ -71,7 +72,13 @@ class Run:
     def load(self) -> None:
         """Take up the run from its folder."""
         state = load_file(self.folder / "state.safetensors", device=str(self.device))
-        self.model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+        own = dict(self.model.named_parameters())
+        stored = {k[6:]: v for k, v in state.items() if k.startswith("model.")}
+        if own.keys() != stored.keys():
+            raise UserError(f"{self.folder} holds a run of another model; give another --out.")
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(stored[name])
         restored = self.optimizer.state_dict()
         for key, value in state.items():
             if key.startswith("optimizer."):
@@ -82,7 +89,8 @@ class Run:
 
     def save(self) -> None:
         """Write the run's state. Each file is replaced whole, the progress last."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        # Parameters, not the state dict: that names tied embeddings twice.
+        tensors = {f"model.{k}": v.detach() for k, v in self.model.named_parameters()}
         for index, fields in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{field}": value for field, value in fields.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,9 +170,9 @@ def check_heldout(run: Run, objective: Objective, rows: Tensor, train_loss: floa
         export(run, run.folder / "export", heldout)
 
 
-def train(args: argparse.Namespace, config: DeepseekV2Config | None = None) -> Run:
+def train(args: argparse.Namespace, config: Any = None) -> Run:
     """Train until the time or the steps are used up; the best held-out model is in out/export."""
-    run = Run(args, config or teacher_config())
+    run = Run(args, config or ARCHITECTURES[args.architecture].config())
     torch.set_float32_matmul_precision("high")
     corpus = Corpus(args.work)
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
@@ -213,6 +221,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--heldout-bytes", type=int, default=600_000)
     two = steps.add_parser("train", help="train; the best model lands in OUT/export")
     two.add_argument("--out", type=Path, required=True)
+    two.add_argument("--architecture", choices=ARCHITECTURES, default="deepseek_v2")
     two.add_argument("--minutes", type=float, default=4.3)
     two.add_argument("--steps", type=int, default=0, help="instead of --minutes")
     two.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
