@@ -1,0 +1,22 @@
+"""Mixture of LoRA: the full recipe of the earlier public attempt at fusing experts.
+
+Groups of equal size by co-activation, bases by multi-SLERP, a low-rank adapter for each member,
+mixed before the non-linearity by a softmax over the chosen members' routing weights, and a
+projection of those weights added to the input. See ``_multiplexing_recipe`` for what it does in
+full, for the table of its variants, and for which of them have other names here.
+"""
+
+from torch import nn
+
+from moefuse.baselines import Layer
+from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex, slerp_from_first
+
+RECIPE = Recipe(slerp_from_first, coactivation, "mixture")
+
+
+def compress(layer: Layer, numbers: int) -> nn.Module:
+    """Fuse the layer's experts into a student of at most ``numbers`` numbers.
+
+    Raises ``TooSmallError`` where they hold not even one base.
+    """
+    return multiplex(layer, numbers, RECIPE)

@@ -1,0 +1,66 @@
+"""Codebooks: a few vectors that stand for many.
+
+Vector quantisation (Gersho and Gray, 1992): neighbours are coded together, which at 1 and 2 bits a
+number errs less than rounding each alone, and codes of one byte need no unpacking.
+
+Shape suffixes: N vectors, V numbers in a vector, C entries of a codebook.
+"""
+
+import torch
+from torch import Tensor
+
+AT_ONCE = 65_536
+"""Vectors whose distances to all entries are in memory together."""
+FITTED_TO = 65_536
+"""Vectors, evenly spread, that a codebook is fitted to."""
+
+
+def nearest(vector_NV: Tensor, codebook_CV: Tensor) -> Tensor:
+    """Return the number of every vector's nearest entry, (N,) int64.
+
+    ``vector_NV`` (N, V) and ``codebook_CV`` (C, V) are floats of one dtype on one device.
+    """
+    half_C = codebook_CV.square().sum(-1) / 2
+    parts = [(part @ codebook_CV.T - half_C).argmax(-1) for part in vector_NV.split(AT_ONCE)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=half_C.device)
+
+
+def fit_codebook(vector_NV: Tensor, entries: int, *, rounds: int = 12) -> Tensor:
+    """Return a codebook, (entries, V), by Lloyd's algorithm (1982); deterministic.
+
+    It starts from evenly spread vectors; entries that no vector is nearest to stay where they are.
+    ``vector_NV`` (N, V) holds at least one vector.
+    """
+    sample_NV = _spread(vector_NV, FITTED_TO)
+    codebook_CV = _spread(sample_NV, entries)
+    if len(codebook_CV) < entries:
+        missing = entries - len(codebook_CV)
+        codebook_CV = torch.cat([codebook_CV, codebook_CV.new_zeros(missing, vector_NV.shape[1])])
+    for _ in range(rounds):
+        code_N = nearest(sample_NV, codebook_CV)
+        sum_CV = torch.zeros_like(codebook_CV).index_add(0, code_N, sample_NV)
+        count_C1 = torch.bincount(code_N, minlength=entries).unsqueeze(-1)
+        codebook_CV = torch.where(count_C1 > 0, sum_CV / count_C1.clamp_min(1), codebook_CV)
+    return codebook_CV
+
+
+def _spread(vector_NV: Tensor, count: int) -> Tensor:
+    """Return ``count`` vectors, or all where there are fewer, at equal distances."""
+    if len(vector_NV) <= count:
+        return vector_NV
+    steps = torch.arange(count, device=vector_NV.device) * len(vector_NV)
+    return vector_NV[torch.div(steps, count, rounding_mode="floor")]
+
+
+def pack_codes(code_C: Tensor, code_bits: int) -> Tensor:
+    """Return codes (..., C) as bytes (..., B): 8 bits as they are, 6 bits four in three bytes.
+
+    The inverse of ``unpack_codes`` in the modelling file.
+    """
+    if code_bits == 8:
+        return code_C.to(torch.uint8)
+    count = code_C.shape[-1]
+    padded = torch.nn.functional.pad(code_C.long(), (0, -count % 4)).unflatten(-1, (-1, 4))
+    word = (padded << torch.arange(0, 24, 6, device=padded.device)).sum(-1)
+    packed = torch.stack([(word >> shift) & 255 for shift in (0, 8, 16)], -1).flatten(-2)
+    return packed[..., : -(-count * 6 // 8)].to(torch.uint8)
