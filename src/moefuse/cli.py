@@ -24,6 +24,7 @@ from moefuse.config import (
     DistillConfig,
     FactorConfig,
     GroupConfig,
+    MemoryConfig,
     SizeConfig,
     build,
     fields_of,
@@ -126,18 +127,25 @@ def inspect_command(checkpoint: Checkpoint, revision: Revision = None, json_: Js
 
 
 @app.command()
-@with_settings(*UP_TO_DISTILL)
+@with_settings(*UP_TO_DISTILL, MemoryConfig)
 def plan(
     checkpoint: Checkpoint,
     values: dict[str, Any],
     revision: Revision = None,
     json_: Json = False,
 ) -> None:
-    """Choose groups and rank for a size, and estimate time, disk and memory."""
-    from moefuse.planning import plan_checkpoint, render_plan
+    """Choose groups and rank for a size or a device's memory, and estimate what that takes.
 
-    planned = plan_checkpoint(checkpoint, values, revision=revision)
-    _print_json(planned.to_json()) if json_ else _show(render_plan(planned))
+    With --context alone, show what runs on devices of common sizes.
+    """
+    from moefuse import planning
+
+    if planning.asks_for_common_sizes(values):
+        sizes = planning.plan_common_sizes(checkpoint, values, revision=revision)
+        _print_json(sizes.to_json()) if json_ else _show(planning.render_common_sizes(sizes))
+        return
+    planned = planning.plan_checkpoint(checkpoint, values, revision=revision)
+    _print_json(planned.to_json()) if json_ else _show(planning.render_plan(planned))
 
 
 @app.command()
@@ -231,6 +239,17 @@ def eval_command(
     tokens: Annotated[int, typer.Option(help="Most tokens to measure on.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(help="Tokens in one sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences in one batch.")] = 8,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, YAML files or folders of them, with commas "
+            "between or given again; text is then measured only with --data or --teacher."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most items of a task. [default: all]")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each item. [default: the task's]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="Dtype to compute in. [default: stored]")
@@ -238,7 +257,7 @@ def eval_command(
     trust_remote_code: RemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Measure a model on held-out text, and how close it stays to its teacher."""
+    """Measure a model on held-out text or on tasks, and how close it stays to its teacher."""
     from moefuse.devices import choose_device
     from moefuse.evaluation.run import evaluate_command
 
@@ -249,6 +268,9 @@ def eval_command(
         tokens=tokens,
         sequence_length=sequence_length,
         batch_size=batch_size,
+        tasks=tasks or (),
+        limit=limit,
+        num_fewshot=num_fewshot,
         device=choose_device(device),
         dtype=dtype,
         trust_remote_code=trust_remote_code,

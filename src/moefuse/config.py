@@ -19,6 +19,7 @@ GROUPINGS = ("coactivation", "output", "weight", "hierarchical", "dominant")
 BASES = ("auto", "mean", "neurons")
 DELTA_KINDS = ("low_rank",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("transformers", "vllm")
 LARGEST_SEED = 2**32 - 1
 
 Stage = TypeVar("Stage")
@@ -63,6 +64,10 @@ class CalibrateConfig:
     batch_size: int = setting(8, "Sequences in one batch.", at_least=1)
 
 
+BITS = ("auto", "16")
+FORMS = ("auto", "low-rank", "neurons")
+
+
 @dataclass(frozen=True)
 class SizeConfig:
     """How large the student is to be; the planner chooses what is not given."""
@@ -71,6 +76,40 @@ class SizeConfig:
     rank: int | None = setting(None, "Rank of every expert's delta (R).", at_least=0)
     params: str | None = setting(None, "Parameters of the whole student, such as 4B.")
     bytes: str | None = setting(None, "Bytes of the whole student on disk, such as 6GB.")
+    expert_bits: float | None = setting(
+        None,
+        "Bits stored per number of the teacher's routed experts (16: unfused bf16).",
+        at_least=0,
+    )
+    bits: str = setting(
+        "auto",
+        "Bits that own neurons may have under a budget: auto (1, 2, 3, 4, 8 or 16, as each is "
+        "worth) or 16; --params always takes 16.",
+        choices=BITS,
+    )
+    form: str = setting(
+        "auto",
+        "What experts become: low-rank, shared bases and low-rank deltas; neurons, own neurons at "
+        "unequal bits and a few shared ones; auto, neurons where a budget is given without "
+        "--groups or --rank.",
+        choices=FORMS,
+    )
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What the student is to run in, and how it is run there."""
+
+    vram: str | None = setting(
+        None, "Memory of the device that the student is to run on, such as 24GB; needs --context."
+    )
+    context: int | None = setting(
+        None, "Tokens that a sequence may have, prompt and answer together.", at_least=1
+    )
+    batch: int = setting(1, "Sequences held at the same time.", at_least=1)
+    engine: str = setting(
+        "transformers", f"What runs the student: {' or '.join(ENGINES)}.", choices=ENGINES
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +158,12 @@ class DistillConfig:
     learning_rate: float = setting(2e-3, "Peak learning rate of the bases.", at_least=0, at_most=1)
     delta_learning_rate: float = setting(
         2e-3, "Peak learning rate of the deltas.", at_least=0, at_most=1
+    )
+    neuron_learning_rate: float = setting(
+        5e-4, "Peak learning rate of own and shared neurons in 16 bits.", at_least=0, at_most=1
+    )
+    code_learning_rate: float = setting(
+        2e-3, "Peak learning rate of low-bit rows and codebooks.", at_least=0, at_most=1
     )
     scale_learning_rate: float = setting(
         1e-2, "Peak learning rate of scales and biases.", at_least=0, at_most=1

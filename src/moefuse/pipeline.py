@@ -43,17 +43,23 @@ from moefuse.errors import UserError
 from moefuse.export.assemble import assemble
 from moefuse.export.card import model_card
 from moefuse.fusion.choose import factor
+from moefuse.fusion.keep import Kept, keep
+from moefuse.fusion.neurons import importance
 from moefuse.fusion.plan import (
     Estimate,
     Teacher,
+    counted,
     describe_teacher,
     estimate,
+    expert_budget,
     make_plan,
     matrix_rate,
 )
+from moefuse.fusion.plan_neurons import choices_of, settle, uses_neurons
 from moefuse.grouping.assign import group_layer
 from moefuse.mathematics.experts import Experts, ExpertsCall
-from moefuse.modeling import FusedExperts
+from moefuse.mathematics.losses import measure, power_of
+from moefuse.modeling.training import TrainedNeuronExperts
 from moefuse.places import (
     check_new,
     check_output,
@@ -77,9 +83,14 @@ CHECKED = "checked"
 SPARE_DISK_SHARE = 1.05
 JUDGE_TOKENS = 4096
 """Calibration tokens beyond those fitted to, on which ways of factoring are compared."""
-STAGE_OF = {"calibration": "calibrate", "factors": "factor", "distilled": "distill"}
+STAGE_OF = {
+    "calibration": "calibrate",
+    "energies": "group",
+    "factors": "factor",
+    "distilled": "distill",
+}
 """The command that leaves each directory of artifacts."""
-OWN_ENTRIES = ("calibration-", "groups-", "factors-", "distilled-", f"{CHECKED}-")
+OWN_ENTRIES = ("calibration-", "groups-", "energies-", "factors-", "distilled-", f"{CHECKED}-")
 
 
 class Job:
@@ -135,8 +146,32 @@ class Job:
 
     @cached_property
     def plan(self) -> Plan:
-        """G and R of every layer, and the student's true sizes."""
+        """What every layer becomes, and the student's sizes; with own neurons a forecast."""
         return make_plan(self.sizes, self.size, self.factoring)
+
+    @property
+    def uses_neurons(self) -> bool:
+        """Whether experts become own neurons at unequal bits, or bases and low-rank deltas."""
+        return uses_neurons(self.size)
+
+    @cached_property
+    def settled(self) -> tuple[dict[int, Tensor], Plan]:
+        """Every neuron's choice of bits by the energies that were measured, and the true plan."""
+        energies = {
+            layer: artifacts.read_tensors(
+                self._artifact(self.energies_directory, layer, "safetensors", "group")
+            )["energy_EF"]
+            for layer in self.reader.shape.layers
+        }
+        itemsize = self.sizes.itemsize
+        budget, choices = expert_budget(self.sizes, self.size), choices_of(self.size)
+        chosen, layers = settle(self.reader.shape, energies, budget, choices, itemsize)
+        return chosen, counted(self.sizes, layers)
+
+    @property
+    def true_plan(self) -> Plan:
+        """What every layer is; with own neurons known once energies are measured."""
+        return self.settled[1] if self.uses_neurons else self.plan
 
     @cached_property
     def sizes(self) -> Teacher:
@@ -221,8 +256,17 @@ class Job:
         return self._directory("groups", self.store.directory.name, groups, asdict(self.grouping))
 
     @cached_property
+    def energies_directory(self) -> Path:
+        """Where the energies of neurons are."""
+        return self._directory("energies", self.store.directory.name, self.factoring.fit_tokens)
+
+    @cached_property
     def factors_directory(self) -> Path:
         """Where factoring leaves its artifacts."""
+        if self.uses_neurons:
+            budget = expert_budget(self.sizes, self.size)
+            settings = [budget, choices_of(self.size), asdict(self.factoring)]
+            return self._directory("factors", self.energies_directory.name, *settings)
         layers = [asdict(layer) for layer in self.plan.layers.values()]
         return self._directory(
             "factors", self.groups_directory.name, layers, asdict(self.factoring)
@@ -280,7 +324,10 @@ class Job:
             collect(self.teacher, self.batches, self.store)
 
     def group(self) -> None:
-        """Choose which experts of each layer share a base."""
+        """Choose which experts of each layer share a base, or measure what neurons are worth."""
+        if self.uses_neurons:
+            self._measure_energies()
+            return
         for layer, path in self._todo(self.groups_directory, "json", "Group"):
             groups = group_layer(
                 self._calibrated(layer),
@@ -289,6 +336,14 @@ class Job:
                 self.grouping.grouping,
             )
             artifacts.write_json(path, groups.tolist())
+
+    def _measure_energies(self) -> None:
+        for layer, path in self._todo(self.energies_directory, "safetensors", "Weigh neurons"):
+            self._calibrated(layer)
+            with self.suited_threads():
+                call = self.store.sample(layer, self.factoring.fit_tokens).to(self.device)
+                energy_EF = importance(self.experts(layer), call) / len(call.x_TD)
+            artifacts.write_tensors(path, {"energy_EF": energy_EF})
 
     def factor(self) -> None:
         """Split each layer's experts into bases and deltas in closed form."""
@@ -299,6 +354,15 @@ class Job:
 
     def _factor(self, layer: int, path: Path) -> None:
         start = time.monotonic()
+        if self.uses_neurons:
+            module = self._kept(layer).module
+            error = self._error(layer, module)
+            made: dict[str, Any] = {"base": "neurons", "before": error, "after": error}
+            artifacts.write_json(
+                path.with_suffix(".json"), made | {"seconds": time.monotonic() - start}
+            )
+            artifacts.write_tensors(path, module.state_dict())
+            return
         groups = self._artifact(self.groups_directory, layer, "json", "group")
         statistics = self._calibrated(layer)
         factored = factor(
@@ -314,6 +378,26 @@ class Job:
         artifacts.write_json(path.with_suffix(".json"), made)
         artifacts.write_tensors(path, factored.state)
 
+    def _kept(self, layer: int) -> Kept:
+        """Make one layer's neuron experts from the teacher's."""
+        path = self._artifact(self.energies_directory, layer, "safetensors", "group")
+        energy_EF = artifacts.read_tensors(path)["energy_EF"].to(self.device)
+        chosen, plan = self.settled
+        return keep(
+            self.experts(layer),
+            self.store.sample(layer, self.factoring.fit_tokens).to(self.device),
+            energy_EF,
+            chosen[layer].to(self.device),
+            choices_of(self.size),
+            plan.layers[layer],
+        )
+
+    def _error(self, layer: int, module: torch.nn.Module) -> float:
+        tokens = self.factoring.fit_tokens
+        call = self.store.sample(layer, tokens + JUDGE_TOKENS).to(self.device)
+        judge = call.rows(slice(tokens, None)) if len(call.x_TD) > tokens else call
+        return measure(module, judge, power_of(judge), JUDGE_TOKENS)
+
     def distill(self) -> None:
         """Train each layer's student against what the teacher's layer returned."""
         if not self.distillation.steps:
@@ -324,7 +408,11 @@ class Job:
 
     def _distill(self, layer: int, path: Path) -> None:
         start = time.monotonic()
-        student = self.student(layer, self.factors_directory, "factor")
+        student = (
+            self._kept(layer).trained()
+            if self.uses_neurons
+            else self.student(layer, self.factors_directory, "factor")
+        )
         result = distill_layer(
             student,
             self.call(layer),
@@ -336,6 +424,8 @@ class Job:
         made: dict[str, Any] = {"before": result.before, "after": result.after}
         made["seconds"] = time.monotonic() - start
         artifacts.write_json(path.with_suffix(".json"), made)
+        if isinstance(student, TrainedNeuronExperts):
+            student = student.packed()
         artifacts.write_tensors(path, student.state_dict())
 
     def suited_threads(self) -> AbstractContextManager[None]:
@@ -346,10 +436,11 @@ class Job:
         """Write the student's checkpoint to ``out``, from ``stage_directory`` or the distilled."""
         directory = stage_directory or self.distilled_directory
         stage = STAGE_OF[directory.name.split("-")[0]]
-        paths = {n: self._artifact(directory, n, "safetensors", stage) for n in self.plan.layers}
+        plan = self.true_plan
+        paths = {n: self._artifact(directory, n, "safetensors", stage) for n in plan.layers}
         assemble(
             self.reader,
-            self.plan.layers,
+            plan.layers,
             lambda layer: artifacts.read_tensors(paths[layer]),
             out,
             dtype=self.stored,
@@ -358,7 +449,7 @@ class Job:
             card=model_card(
                 out.name,
                 Path(self.reader.source).name,
-                self.plan,
+                plan,
                 self.reader.shape.experts,
                 [error["after"] for error in self.errors().values()],
             ),
@@ -376,7 +467,7 @@ class Job:
         """Remove what earlier runs of this very job left."""
         for directory in (
             self.store.directory,
-            self.groups_directory,
+            self.energies_directory if self.uses_neurons else self.groups_directory,
             self.factors_directory,
             self.distilled_directory,
         ):
@@ -403,11 +494,11 @@ class Job:
         self._calibrated(layer)
         return self.store.all_calls(layer).to(self.device)
 
-    def student(self, layer: int, directory: Path, stage: str) -> FusedExperts:
+    def student(self, layer: int, directory: Path, stage: str) -> torch.nn.Module:
         """Make one layer's fused module in fp32 with the weights that ``stage`` left."""
         path = self._artifact(directory, layer, "safetensors", stage)
         student = make_experts(
-            self.reader.shape, self.plan.layers[layer], self.device, self.activation(layer)
+            self.reader.shape, self.true_plan.layers[layer], self.device, self.activation(layer)
         )
         student.load_state_dict(artifacts.read_tensors(path))
         return student
@@ -504,7 +595,7 @@ def fuse(
             stage()
         job.assemble(out)
     artifacts.remove_replaced(out)
-    result = FuseResult(out, job.plan, job.errors(), time.monotonic() - start, peak_memory())
+    result = FuseResult(out, job.true_plan, job.errors(), time.monotonic() - start, peak_memory())
     if work is None:
         shutil.rmtree(own_work)
     return result

@@ -5,35 +5,104 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from moefuse.checkpoint.headers import read_headers
+from moefuse.checkpoint.headers import CheckpointHeaders, read_headers
 from moefuse.config import (
     CalibrateConfig,
     ComputeConfig,
     DistillConfig,
     FactorConfig,
+    MemoryConfig,
     SizeConfig,
     build,
+    parse_bytes,
 )
 from moefuse.devices import choose_device, choose_dtype, stored_dtype
-from moefuse.families import family_of
-from moefuse.fusion.plan import Estimate, describe_teacher, estimate, make_plan, matrix_rate
+from moefuse.errors import UserError
+from moefuse.families import Family, family_of
+from moefuse.families.base import optional
+from moefuse.fusion.memory import (
+    Memory,
+    Needs,
+    Serving,
+    fit_to_memory,
+    memory_of,
+    running_needs,
+    smallest_plan,
+    teacher_bytes,
+)
+from moefuse.fusion.plan import (
+    Estimate,
+    Teacher,
+    describe_teacher,
+    estimate,
+    make_plan,
+    matrix_rate,
+)
 from moefuse.sizes import Plan
+
+COMMON_VRAM = (8, 12, 16, 24, 48, 80)
+"""Sizes of common graphics cards, in GB."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with what carrying it out takes."""
+    """A plan with what carrying it out and running the student take.
+
+    ``plan`` and ``estimate`` are None where the unfused teacher fits the memory that was asked
+    for; ``serving`` and ``memory`` are None where no context was given.
+    """
 
     source: str
-    plan: Plan
-    estimate: Estimate
+    plan: Plan | None
+    estimate: Estimate | None
+    serving: Serving | None = None
+    memory: Memory | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"source": self.source, **self.plan.to_json(), "estimate": asdict(self.estimate)}
+        """Return plain JSON values; ``teacher_fits`` tells that nothing has to be fused."""
+        return {
+            "source": self.source,
+            "teacher_fits": self.plan is None,
+            **(self.plan.to_json() if self.plan else {}),
+            "estimate": asdict(self.estimate) if self.estimate else None,
+            "serving": asdict(self.serving) if self.serving else None,
+            "memory": self.memory.to_json() if self.memory else None,
+        }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What runs on a device of ``vram`` bytes: a student, the ``teacher`` itself, or nothing.
+
+    ``memory`` is what it takes, or, with a negative ``free``, what the smallest student would.
+    """
+
+    runs: str
+    plan: Plan | None
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class CommonSizes:
+    """What runs on devices of common sizes."""
+
+    source: str
+    serving: Serving
+    fits: tuple[Fit, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; a row's ``plan`` is null where no student is needed or fits."""
+        rows = [
+            {
+                "runs": fit.runs,
+                "plan": fit.plan.to_json() if fit.plan else None,
+                "memory": fit.memory.to_json(),
+            }
+            for fit in self.fits
+        ]
+        return {"source": self.source, "serving": asdict(self.serving), "rows": rows}
 
 
 def plan_checkpoint(
@@ -41,38 +110,192 @@ def plan_checkpoint(
 ) -> Planned:
     """Plan a student of ``checkpoint``, a directory or hub id, reading only its headers.
 
-    ``values`` are settings by name (``groups``, ``rank``, ``params``, ``bytes``, ``tokens``, ...).
-    Raises ``UserError`` for a size that cannot be had.
+    ``values`` are settings by name (``groups``, ``rank``, ``params``, ``bytes``, ``vram``,
+    ``context``, ``tokens``, ...). Raises ``UserError`` for a size that cannot be had.
     """
     headers = read_headers(checkpoint, revision=revision)
     family = family_of(headers.config)
     teacher = describe_teacher(headers.config, headers.tensors, family)
-    plan = make_plan(teacher, build(SizeConfig, values), build(FactorConfig, values))
+    size, factor = build(SizeConfig, values), build(FactorConfig, values)
+    serving = _serving(headers, family, values)
+    if serving is None:
+        plan = make_plan(teacher, size, factor)
+        return Planned(str(checkpoint), plan, _expected(headers, family, teacher, plan, values))
+    needs = running_needs(headers.config, family, serving)
+    vram = _vram(build(MemoryConfig, values), size)
+    if vram is None:
+        plan = make_plan(teacher, size, factor)
+    else:
+        plan = fit_to_memory(teacher, vram, needs, size, factor)
+    return Planned(
+        str(checkpoint),
+        plan,
+        _expected(headers, family, teacher, plan, values) if plan else None,
+        serving,
+        memory_of(plan.bytes if plan else teacher_bytes(teacher), needs, vram),
+    )
+
+
+def asks_for_common_sizes(values: Mapping[str, Any]) -> bool:
+    """Tell whether settings by name give a context, but neither a size nor a device."""
+    sized = ("groups", "rank", "params", "bytes", "vram")
+    return values.get("context") is not None and all(values.get(name) is None for name in sized)
+
+
+def plan_common_sizes(
+    checkpoint: str | Path, values: Mapping[str, Any], *, revision: str | None = None
+) -> CommonSizes:
+    """Plan a student of ``checkpoint`` for every size in ``COMMON_VRAM``, from its headers alone.
+
+    ``values`` are settings by name and must hold ``context``. Raises ``UserError`` for a context
+    that the model does not take.
+    """
+    headers = read_headers(checkpoint, revision=revision)
+    family = family_of(headers.config)
+    teacher = describe_teacher(headers.config, headers.tensors, family)
+    serving = _serving(headers, family, values)
+    assert serving is not None
+    needs = running_needs(headers.config, family, serving)
+    factor = build(FactorConfig, values)
+    fits = (_fit(teacher, size * 10**9, needs, factor) for size in COMMON_VRAM)
+    return CommonSizes(str(checkpoint), serving, tuple(fits))
+
+
+def _fit(teacher: Teacher, vram: int, needs: Needs, factor: FactorConfig) -> Fit:
+    smallest = smallest_plan(teacher, SizeConfig(), factor)
+    least = min(smallest.bytes, teacher_bytes(teacher))
+    if least + needs.total > vram:
+        return Fit("nothing", None, memory_of(least, needs, vram))
+    plan = fit_to_memory(teacher, vram, needs, SizeConfig(), factor)
+    if plan is None:
+        return Fit("teacher", None, memory_of(teacher_bytes(teacher), needs, vram))
+    return Fit("student", plan, memory_of(plan.bytes, needs, vram))
+
+
+def _serving(
+    headers: CheckpointHeaders, family: Family, values: Mapping[str, Any]
+) -> Serving | None:
+    """Say how the model is to be run; None where no context is given."""
+    wish = build(MemoryConfig, values)
+    if wish.context is None:
+        for name in ("vram", "batch", "engine"):
+            if values.get(name) is not None:
+                raise UserError(
+                    f"--{name} needs --context, the tokens that a sequence may have, prompt and "
+                    "answer together."
+                )
+        return None
+    longest = optional(headers.config, "max_position_embeddings", 0)
+    if longest and wish.context > longest:
+        raise UserError(
+            f"--context is {wish.context}, but this model takes at most {longest} tokens "
+            "('max_position_embeddings' in config.json)."
+        )
+    stored = stored_dtype(headers.tensors, family, headers.config)
+    return Serving(wish.context, wish.batch, wish.engine, stored.itemsize)
+
+
+def _vram(wish: MemoryConfig, size: SizeConfig) -> int | None:
+    """Return the device's bytes, or None; raises ``UserError`` beside another wish for a size."""
+    if wish.vram is None:
+        return None
+    for name in ("params", "bytes"):
+        if getattr(size, name) is not None:
+            raise UserError(f"--vram and --{name} both set the budget; give one of them.")
+    if size.groups is not None and size.rank is not None:
+        raise UserError(
+            "--groups and --rank together fix the size and leave --vram nothing to choose; leave "
+            "one of the three out (without --vram the plan still tells the memory it takes)."
+        )
+    return parse_bytes(wish.vram, "--vram")
+
+
+def _expected(
+    headers: CheckpointHeaders,
+    family: Family,
+    teacher: Teacher,
+    plan: Plan,
+    values: Mapping[str, Any],
+) -> Estimate:
+    """Estimate what making the student takes, measuring the device's matrix rate."""
     compute = build(ComputeConfig, values)
     device = choose_device(compute.device)
     stored = stored_dtype(headers.tensors, family, headers.config)
     dtype = choose_dtype(compute.dtype, stored, device)
-    expected = estimate(
+    return estimate(
         teacher,
         plan,
         build(CalibrateConfig, values),
         build(DistillConfig, values),
         build(FactorConfig, values),
-        working_itemsize=torch.empty(0, dtype=dtype).element_size(),
+        working_itemsize=dtype.itemsize,
         rate=matrix_rate(device, dtype),
     )
-    return Planned(str(checkpoint), plan, expected)
 
 
 def render_plan(planned: Planned) -> Table:
-    """Return a table of what the student will be and what making it takes."""
-    plan, expected = planned.plan, planned.estimate
+    """Return a table of what the student will be and what making and running it take."""
     table = _table(f"Plan for {planned.source}")
-    _add_layers(table, plan)
-    table.add_row("time, estimated", _duration(expected.seconds))
-    table.add_row("disk, student and artifacts", _bytes(expected.disk_bytes))
-    table.add_row("peak memory, estimated", _bytes(expected.memory_bytes))
+    if planned.plan is None:
+        table.add_row("student", "none needed: the teacher fits as it is")
+    else:
+        _add_layers(table, planned.plan)
+    if planned.estimate is not None:
+        table.add_row("time, estimated", _duration(planned.estimate.seconds))
+        table.add_row("disk, student and artifacts", _bytes(planned.estimate.disk_bytes))
+        table.add_row("peak memory, estimated", _bytes(planned.estimate.memory_bytes))
+    if planned.serving is not None and planned.memory is not None:
+        _add_memory(table, planned.serving, planned.memory)
     return table
+
+
+def render_common_sizes(sizes: CommonSizes) -> Table:
+    """Return a table with one row for every common size of device."""
+    first = sizes.fits[0].memory
+    table = Table(
+        title=f"{sizes.source}: what runs with {_served(sizes.serving)}",
+        caption=f"Besides weights: key-value cache {_bytes(first.cache)}, activations "
+        f"{_bytes(first.activations)}, runtime {_bytes(first.runtime)}.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("memory", "runs", "parameters", "weights", "free"):
+        table.add_column(name, justify="left" if name == "runs" else "right")
+    for fit in sizes.fits:
+        table.add_row(*_fit_cells(fit))
+    return table
+
+
+def _fit_cells(fit: Fit) -> tuple[str, ...]:
+    memory = fit.memory
+    assert memory.vram is not None and memory.free is not None
+    device = f"{memory.vram // 10**9} GB"
+    if fit.runs == "nothing":
+        return device, f"nothing; {_bytes(memory.total)} are needed at least", "", "", ""
+    taken = _bytes(memory.weights), _bytes(memory.free)
+    if fit.plan is None:
+        return device, "the teacher as it is", "", *taken
+    (groups, rank), *others = _runs(fit.plan)
+    assert not others
+    runs = f"{groups} fused experts, deltas of rank {rank}"
+    return device, runs, _count(fit.plan.parameters), *taken
+
+
+def _served(serving: Serving) -> str:
+    sequences = "" if serving.batch == 1 else f"{serving.batch} sequences of "
+    engine = {"transformers": "Transformers", "vllm": "vLLM"}[serving.engine]
+    return f"{sequences}{serving.context:,} tokens in {engine}"
+
+
+def _add_memory(table: Table, serving: Serving, memory: Memory) -> None:
+    of = "" if memory.vram is None else f" of {_bytes(memory.vram)}"
+    table.add_row(f"memory, {_served(serving)}", f"{_bytes(memory.total)}{of}")
+    table.add_row("  weights", _bytes(memory.weights))
+    table.add_row("  key-value cache", _bytes(memory.cache))
+    table.add_row("  activations", _bytes(memory.activations))
+    table.add_row("  runtime, assumed", _bytes(memory.runtime))
+    if memory.free is not None:
+        table.add_row("  free", _bytes(memory.free))
 
 
 def render_result(result: Any) -> Table:

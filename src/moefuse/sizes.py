@@ -9,18 +9,26 @@ from torch import Tensor
 
 from moefuse.families import MoeShape
 from moefuse.mathematics.experts import Experts
-from moefuse.modeling.modeling_moefuse import FusedExperts
+from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What the routed experts of one layer become; the entry of ``config.json``'s moefuse block."""
+    """What the routed experts of one layer become; the entry of ``config.json``'s moefuse block.
 
-    groups: int
-    rank: int
+    Either ``groups`` bases and deltas of ``rank``, or, where ``neurons`` is given, ``neurons`` own
+    neurons by their bits and ``shared`` shared ones.
+    """
+
+    groups: int = 0
+    rank: int = 0
     delta: str = "low_rank"
     scale: bool = False
     bias: bool = False
+    neurons: dict[str, int] | None = None
+    shared: int = 0
+    shared_bits: str = "16"
+    gain_bits: str = "16"
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,11 @@ def make_experts(
     plan: LayerPlan,
     device: str | torch.device,
     activation: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
-) -> FusedExperts:
+) -> FusedExperts | NeuronExperts:
     """Build one layer's fused module with weights that mean nothing yet."""
+    if plan.neurons is not None:
+        with torch.device(device):
+            return make_neuron_experts(shape.hidden, shape.experts, plan, activation)
     with torch.device(device):
         return FusedExperts(
             shape.hidden,
@@ -65,6 +76,21 @@ def make_experts(
             scale=plan.scale,
             bias=plan.bias,
         )
+
+
+def make_neuron_experts(
+    hidden: int, experts: int, plan: LayerPlan, activation: Callable[[Tensor], Tensor]
+) -> NeuronExperts:
+    """Build one layer's neuron experts with weights that mean nothing yet."""
+    return NeuronExperts(
+        hidden,
+        experts,
+        activation,
+        neurons=plan.neurons or {},
+        shared=plan.shared,
+        shared_bits=plan.shared_bits,
+        gain_bits=plan.gain_bits,
+    )
 
 
 def load_experts(state: dict[str, Tensor], experts: Experts, plan: LayerPlan) -> FusedExperts:
@@ -87,7 +113,10 @@ def load_experts(state: dict[str, Tensor], experts: Experts, plan: LayerPlan) ->
 
 
 def layer_parameters(shape: MoeShape, plan: LayerPlan) -> int:
-    """Count the numbers that one layer's fused experts hold."""
+    """Count the numbers that one layer's fused experts hold, those that codes stand for too."""
+    if plan.neurons is not None:
+        kept = sum(plan.neurons.values()) + plan.shared
+        return 3 * shape.hidden * kept + shape.experts * plan.shared
     module = make_experts(shape, plan, "meta")
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -99,11 +128,16 @@ def layer_bytes(shape: MoeShape, plan: LayerPlan, itemsize: int) -> int:
     """
     module = make_experts(shape, plan, "meta")
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-    return layer_parameters(shape, plan) * itemsize + buffers
+    return sum(parameter.numel() for parameter in module.parameters()) * itemsize + buffers
 
 
 def active_parameters(shape: MoeShape, plan: LayerPlan) -> int:
     """Count the numbers of one layer that a token uses at most: its groups' bases, its deltas."""
+    if plan.neurons is not None:
+        # No expert has more neurons than the teacher's, and none more than there are.
+        neuron = 3 * shape.hidden
+        most = min(shape.top_k * shape.intermediate, sum(plan.neurons.values()))
+        return neuron * (most + plan.shared) + shape.top_k * plan.shared
     base = 3 * shape.hidden * shape.intermediate
     per_expert = (layer_parameters(shape, plan) - plan.groups * base) // shape.experts
     return min(shape.top_k, plan.groups) * base + shape.top_k * per_expert

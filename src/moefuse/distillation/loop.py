@@ -6,6 +6,7 @@ experts module; rivals are distilled by this same loop.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -79,15 +80,16 @@ def distill_layer(
 
 
 def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
-    """Give bases, deltas and scales their own learning rates."""
+    """Give bases, deltas, scales, neurons and low-bit rows their own learning rates."""
     rates = {
-        "delta.": options.delta_learning_rate,
-        "scale": options.scale_learning_rate,
-        "bias": options.scale_learning_rate,
+        r"delta\.": options.delta_learning_rate,
+        r"scale|bias|gain\.weight": options.scale_learning_rate,
+        r".*\.(latent|codebook|scale)$": options.code_learning_rate,
+        r"(own\..*|shared)\.weight$": options.neuron_learning_rate,
     }
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            starts = (rate for start, rate in rates.items() if name.startswith(start))
-            groups.setdefault(next(starts, options.learning_rate), []).append(parameter)
+            found = (rate for pattern, rate in rates.items() if re.match(pattern, name))
+            groups.setdefault(next(found, options.learning_rate), []).append(parameter)
     return [{"params": group, "lr": rate, "weight_decay": 0.0} for rate, group in groups.items()]

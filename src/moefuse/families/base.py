@@ -50,6 +50,23 @@ class ExpertNames:
     """D x F."""
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of a model's attention; ``cached`` and ``expanded`` count numbers, not bytes."""
+
+    heads: int
+    """Heads of the queries."""
+    key_value_heads: int
+    """Heads of the keys and values that attention multiplies with."""
+    key_width: int
+    """Numbers in one head's key, and in its query."""
+    value_width: int
+    cached: int
+    """Numbers that one layer keeps of one token in the key-value cache."""
+    expanded: int = 0
+    """Numbers that one layer makes of one cached token whenever it attends, and drops again."""
+
+
 def require(config: Config, *keys: str) -> int:
     """Return the whole number under the first of ``keys`` that the configuration has.
 
@@ -113,6 +130,55 @@ def counted_shared_experts(config: Config) -> int:
     return optional(config, "n_shared_experts", 0)
 
 
+def grouped_query_attention(config: Config) -> AttentionShape:
+    """Read the attention of models that cache a key and a value for every key-value head.
+
+    ``num_key_value_heads`` defaults to the query's heads and ``head_dim`` to an even split of the
+    hidden width, as in Transformers (grouped-query attention, arXiv:2305.13245).
+    """
+    heads = require(config, "num_attention_heads")
+    key_value_heads = optional(config, "num_key_value_heads", 0) or heads
+    width = optional(config, "head_dim", 0) or require(config, "hidden_size") // heads
+    return AttentionShape(heads, key_value_heads, width, width, cached=2 * key_value_heads * width)
+
+
+def latent_attention(config: Config) -> AttentionShape:
+    """Read DeepSeek's multi-head latent attention (arXiv:2405.04434, section 2.1).
+
+    Cached are the latent of ``kv_lora_rank`` numbers and the one positional key of
+    ``qk_rope_head_dim`` that all heads share. Whenever a layer attends, the latents of the whole
+    context become every head's unpositioned key and value (one tensor) and its complete key.
+    """
+    heads = require(config, "num_attention_heads")
+    unpositioned, rope, value, latent = (
+        require(config, key)
+        for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    )
+    return AttentionShape(
+        heads,
+        key_value_heads=heads,
+        key_width=unpositioned + rope,
+        value_width=value,
+        cached=latent + rope,
+        expanded=heads * (unpositioned + value + unpositioned + rope),
+    )
+
+
+def no_window(config: Config, layer: int) -> int | None:  # noqa: ARG001
+    """Tell that a layer attends to the whole context."""
+    return None
+
+
+def stated_window(config: Config, layer: int) -> int | None:  # noqa: ARG001
+    """Return the ``sliding_window`` of models where it holds for every layer once it is given."""
+    return optional(config, "sliding_window", 0) or None
+
+
+def switched_window(config: Config, layer: int) -> int | None:
+    """Return ``sliding_window`` where ``use_sliding_window`` turns it on, else None."""
+    return stated_window(config, layer) if config.get("use_sliding_window") else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One family: its Transformers classes, its configuration keys and its tensor names."""
@@ -131,6 +197,10 @@ class Family:
     has_experts: Callable[[Config, int], bool] = every_layer
     """Tells whether a layer has routed experts."""
     shared_experts: Callable[[Config], int] = no_shared_experts
+    attention: Callable[[Config], AttentionShape] = grouped_query_attention
+    """Reads the sizes of the attention."""
+    window: Callable[[Config, int], int | None] = no_window
+    """Tells how many last tokens a layer attends to, its own included; None: all of them."""
     layers_path: str = "model.layers"
     moe_name: str = "mlp"
     """Child of a decoder layer, in Transformers, that holds router and experts."""

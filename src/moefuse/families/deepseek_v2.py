@@ -1,6 +1,11 @@
 """DeepSeek-V2, V2-Lite and DeepSeek-Coder-V2."""
 
-from moefuse.families.base import Family, after_leading_dense, counted_shared_experts
+from moefuse.families.base import (
+    Family,
+    after_leading_dense,
+    counted_shared_experts,
+    latent_attention,
+)
 
 FAMILY = Family(
     model_type="deepseek_v2",
@@ -11,4 +16,5 @@ FAMILY = Family(
     experts_count_aliases=("num_experts",),
     has_experts=after_leading_dense(default=0),
     shared_experts=counted_shared_experts,
+    attention=latent_attention,
 )

@@ -4,7 +4,12 @@ Published checkpoints end with one more layer than ``num_hidden_layers``: the mu
 module, which Transformers does not load and moefuse does not fuse.
 """
 
-from moefuse.families.base import Family, after_leading_dense, counted_shared_experts
+from moefuse.families.base import (
+    Family,
+    after_leading_dense,
+    counted_shared_experts,
+    latent_attention,
+)
 
 FAMILY = Family(
     model_type="deepseek_v3",
@@ -15,4 +20,5 @@ FAMILY = Family(
     experts_count_aliases=("num_local_experts",),
     has_experts=after_leading_dense(default=3),
     shared_experts=counted_shared_experts,
+    attention=latent_attention,
 )

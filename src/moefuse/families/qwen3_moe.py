@@ -3,7 +3,7 @@
 Published configurations say ``num_experts``; Transformers 5 saves ``num_local_experts``.
 """
 
-from moefuse.families.base import Family, at_sparse_steps
+from moefuse.families.base import Family, at_sparse_steps, switched_window
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -13,4 +13,5 @@ FAMILY = Family(
     experts_count_key="num_experts",
     experts_count_aliases=("num_local_experts",),
     has_experts=at_sparse_steps,
+    window=switched_window,
 )

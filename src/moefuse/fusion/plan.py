@@ -22,6 +22,13 @@ from moefuse.config import (
 )
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape
+from moefuse.fusion.plan_neurons import (
+    LEAST_BITS,
+    choices_of,
+    forecast,
+    shape_overhead,
+    uses_neurons,
+)
 from moefuse.sizes import (
     LayerPlan,
     Plan,
@@ -104,26 +111,65 @@ def describe_teacher(
 
 
 def make_plan(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Plan:
-    """Choose G and R for every layer; raises ``UserError`` for a wish that cannot be met."""
+    """Choose what every layer becomes; raises ``UserError`` for a wish that cannot be met.
+
+    Where own neurons are chosen (see ``plan_neurons``) the plan is a forecast: which neurons are
+    kept, and at how many bits, is known after calibration; the budget is not exceeded.
+    """
+    if uses_neurons(size):
+        budget = expert_budget(teacher, size)
+        return counted(teacher, forecast(teacher.shape, budget, choices_of(size), teacher.itemsize))
     groups, rank = _choose(teacher, size, factor)
     layer = LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
     return _counted(teacher, layer)
 
 
-def _counted(teacher: Teacher, layer: LayerPlan) -> Plan:
-    shape, count = teacher.shape, len(teacher.shape.layers)
-    experts = count * layer_parameters(shape, layer)
-    expert_bytes = count * layer_bytes(shape, layer, teacher.itemsize)
+def expert_budget(teacher: Teacher, size: SizeConfig) -> int:
+    """Return the bytes that all routed experts may take; raises ``UserError``."""
+    given = [name for name in ("params", "bytes", "expert_bits") if getattr(size, name) is not None]
+    if not given:
+        raise UserError("--form neurons needs a budget: give --params, --bytes or --expert-bits.")
+    if len(given) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
+        raise UserError(f"{first} and {second} both set the budget; give one of them.")
+    numbers = teacher.expert_parameters
+    if size.params is not None:
+        budget = (parse_count(size.params, "--params") - teacher.outside) * teacher.itemsize
+    elif size.bytes is not None:
+        budget = parse_bytes(size.bytes, "--bytes") - teacher.outside_bytes
+    else:
+        budget = int(numbers * (size.expert_bits or 0) / 8)
+    if budget * 8 < LEAST_BITS * numbers:
+        flag = f"--{given[0].replace('_', '-')}"
+        least = int(LEAST_BITS * numbers / 8)
+        raise UserError(
+            f"{flag} {getattr(size, given[0])} is too small: {teacher.outside / 1e9:.3f} B "
+            f"parameters ({teacher.outside_bytes / 1e9:.3f} GB) are outside the routed experts and "
+            f"cannot shrink, and the experts need {least / 1e9:.3f} GB at least."
+        )
+    return min(budget, numbers * teacher.itemsize + shape_overhead(teacher.shape))
+
+
+def counted(teacher: Teacher, layers: dict[int, LayerPlan]) -> Plan:
+    """Return the plan of a student whose layers are ``layers``, its sizes counted."""
+    shape = teacher.shape
+    experts = sum(layer_parameters(shape, layer) for layer in layers.values())
+    active = sum(active_parameters(shape, layer) for layer in layers.values())
+    expert_bytes = sum(layer_bytes(shape, layer, teacher.itemsize) for layer in layers.values())
     return Plan(
-        layers=dict.fromkeys(shape.layers, layer),
+        layers=layers,
         parameters=teacher.outside + experts,
-        active_parameters=teacher.outside + count * active_parameters(shape, layer),
+        active_parameters=teacher.outside + active,
         bytes=teacher.outside_bytes + expert_bytes,
         expert_parameters=experts,
         expert_bytes=expert_bytes,
         teacher_parameters=teacher.parameters,
         teacher_bytes=teacher.outside_bytes + teacher.expert_parameters * teacher.itemsize,
     )
+
+
+def _counted(teacher: Teacher, layer: LayerPlan) -> Plan:
+    return counted(teacher, dict.fromkeys(teacher.shape.layers, layer))
 
 
 def _choose(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Choice:
@@ -268,5 +314,5 @@ def fitting_bytes(plan: Plan, shape: MoeShape, factor: FactorConfig) -> int:
     """Estimate what fitting a layer's bases holds: its experts in fp32 beside a stored copy of
     half of them, the bases' features on the tokens fitted to, and three square matrices."""
     experts = shape.experts * 3 * shape.hidden * shape.intermediate
-    widest = max(layer.groups for layer in plan.layers.values()) * shape.intermediate
+    widest = max(max(layer.groups, 1) for layer in plan.layers.values()) * shape.intermediate
     return 4 * (experts * 3 // 2 + 2 * factor.fit_tokens * widest + 3 * widest**2)

@@ -1,7 +1,10 @@
-"""Fused experts: a few shared base experts and one small delta for every original expert.
+"""Fused experts: what takes the place of a Mixture-of-Experts layer's routed experts.
 
 This file travels inside every checkpoint that moefuse writes, so it imports nothing but torch and
-transformers. For expert e of group g = g(e)::
+transformers. There are two forms.
+
+``FusedExperts``: a few shared base experts and one small delta for every original expert. For
+expert e of group g = g(e)::
 
     h_te = s_e * (Wgu_g x_t) + delta_gate_up_e(x_t) + b_e
     z_te = w_te * act(gate half of h_te) * (up half of h_te)
@@ -12,8 +15,17 @@ because the down projection is linear and members are summed before it. The rout
 teacher's. One stable sort of the (token, slot) rows by expert serves all deltas. Rows are gathered
 with ``index_select``, whose gradient is summed in one order; that of ``x[index]`` is not.
 
+``NeuronExperts``: every expert keeps neurons of its own, as many as it is worth, at as many bits as
+each is worth, and all experts share a few more, of which each has its own gains::
+
+    neuron_f(x) = act(gate_f . x) * (up_f . x) * down_f
+    y_t = sum over chosen e of w_te (sum over own f of e of neuron_f(x_t)
+                                     + sum over shared f of gain_ef neuron_f(x_t))
+
 Shape suffixes: T tokens, K experts chosen per token, N = T * K rows, P (token, group) pairs,
-E original experts, G groups, D hidden width, F expert intermediate width, R rank of a delta.
+E original experts, G groups, D hidden width, F expert intermediate width, R rank of a delta,
+O own neurons of one expert, S shared neurons, M rows of a matrix, I their width, V numbers that
+one code stands for, B bytes.
 """
 
 from collections.abc import Callable
@@ -204,13 +216,190 @@ class FusedExperts(nn.Module):
         return torch.cat(outputs)
 
 
-def fused_experts_like(native: Any, layer: dict[str, Any]) -> FusedExperts:
+CODED: dict[str, tuple[int, int]] = {
+    "1": (8, 8),
+    "2": (4, 8),
+    "3": (2, 6),
+    "4": (2, 8),
+    "8": (1, 8),
+}
+"""By bits of a number: how many neighbours one code stands for, and the bits of that code."""
+
+
+class PlainRows(nn.Module):
+    """Rows as they are: ``weight`` (parts, rows, width)."""
+
+    def __init__(self, parts: int, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(parts, rows, width))
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return some of the rows, (parts, stop - start, width)."""
+        return self.weight[:, start:stop]
+
+
+class CodedRows(nn.Module):
+    """Rows of few bits: codes name the entries of one codebook, and every row has a scale.
+
+    ``codes`` (parts, rows, B) bytes, ``codebook`` (entries, V), ``scale`` (parts, rows).
+    """
+
+    codes: Tensor
+
+    def __init__(self, bits: str, parts: int, rows: int, width: int) -> None:
+        super().__init__()
+        self.vector, self.code_bits = CODED[bits]
+        self.width = width
+        self.count = -(-width // self.vector)
+        row_bytes = -(-self.count * self.code_bits // 8)
+        self.codebook = nn.Parameter(torch.zeros(2**self.code_bits, self.vector))
+        self.scale = nn.Parameter(torch.ones(parts, rows))
+        self.register_buffer("codes", torch.zeros(parts, rows, row_bytes, dtype=torch.uint8))
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return some of the rows, (parts, stop - start, width), in the dtype of the scales."""
+        code_PMC = unpack_codes(self.codes[:, start:stop], self.code_bits, self.count)
+        rows_PMI = self.codebook[code_PMC].flatten(-2)[..., : self.width]
+        return rows_PMI * self.scale[:, start:stop, None]
+
+
+def unpack_codes(packed_B: Tensor, code_bits: int, count: int) -> Tensor:
+    """Return the codes, (..., count) int64, of ``packed_B`` (..., B) bytes.
+
+    Codes of 8 bits are the bytes; four codes of 6 bits fill three bytes, the first code lowest.
+    """
+    if code_bits == 8:
+        return packed_B.long()
+    padded = nn.functional.pad(packed_B, (0, -packed_B.shape[-1] % 3)).long()
+    low, middle, high = padded.unflatten(-1, (-1, 3)).unbind(-1)
+    word = low + (middle << 8) + (high << 16)
+    return torch.stack([(word >> shift) & 63 for shift in (0, 6, 12, 18)], -1).flatten(-2)[
+        ..., :count
+    ]
+
+
+def make_rows(bits: str, parts: int, rows: int, width: int) -> nn.Module:
+    """Make room for (parts, rows, width) numbers of ``bits`` bits; "16" is the model's dtype."""
+    if bits == "16":
+        return PlainRows(parts, rows, width)
+    return CodedRows(bits, parts, rows, width)
+
+
+class NeuronExperts(nn.Module):
+    """A drop-in for a Transformers experts module: own neurons at unequal bits, shared neurons.
+
+    Arguments: ``hidden`` D, ``experts`` E, ``activation`` the teacher's, ``neurons`` how many of
+    the layer's neurons have how many bits, ``shared`` S, ``shared_bits`` and ``gain_bits`` the bits
+    of the shared neurons and of their gains. Neurons of one number of bits lie one expert after
+    another; ``widths`` (number of bit widths, E) says how many each expert has.
+    """
+
+    widths: Tensor
+
+    def __init__(
+        self,
+        hidden: int,
+        experts: int,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        neurons: dict[str, int],
+        shared: int = 0,
+        shared_bits: str = "16",
+        gain_bits: str = "16",
+    ) -> None:
+        super().__init__()
+        self.num_experts = experts
+        self.act_fn = activation
+        self.own = nn.ModuleDict(
+            {f"bits{bits}": make_rows(bits, 3, count, hidden) for bits, count in neurons.items()}
+        )
+        self.shared = make_rows(shared_bits, 3, shared, hidden) if shared else None
+        self.gain = make_rows(gain_bits, 1, experts, shared) if shared else None
+        self.register_buffer("widths", torch.zeros(len(neurons), experts, dtype=torch.int32))
+
+    def reset_parameters(self) -> None:
+        """Make the module usable without a checkpoint: random plain rows, codes of nothing."""
+        for module in self.modules():
+            if isinstance(module, PlainRows):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the routed experts' output, (T, D), in the dtype of ``hidden_states``.
+
+        ``hidden_states`` is (T, D); ``top_k_index`` (T, K) integers below E; ``top_k_weights``
+        (T, K) floats.
+        """
+        y_TD = torch.zeros_like(hidden_states, dtype=torch.float32)
+        expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
+        token_N = order_N // top_k_index.shape[1]
+        if len(token_N):
+            weight_N = top_k_weights.reshape(-1).index_select(0, order_N)
+            rows_per_expert = torch.bincount(expert_N, minlength=self.num_experts).tolist()
+            y_ND = self._own(hidden_states, token_N, weight_N, rows_per_expert)
+            y_TD = y_TD.index_add(0, token_N, y_ND.float())
+        if self.shared is not None:
+            y_TD = y_TD + self._shared(hidden_states, top_k_index, top_k_weights).float()
+        return y_TD.to(hidden_states.dtype)
+
+    def _own(
+        self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, rows_per_expert: list[int]
+    ) -> Tensor:
+        """Return what every row's expert makes of it with its own neurons, (N, D)."""
+        widths = self.widths.tolist()
+        starts = [0] * len(widths)
+        outputs, row = [], 0
+        for expert, rows in enumerate(rows_per_expert):
+            spans = [
+                (start, start + width[expert]) for start, width in zip(starts, widths, strict=True)
+            ]
+            starts = [stop for _, stop in spans]
+            if rows:
+                x_ND = x_TD.index_select(0, token_N[row : row + rows])
+                y_ND = self._neurons(x_ND, spans, weight_N[row : row + rows])
+                outputs.append(y_ND)
+                row += rows
+        return torch.cat(outputs)
+
+    def _neurons(self, x_ND: Tensor, spans: list[tuple[int, int]], weight_N: Tensor) -> Tensor:
+        y_ND = torch.zeros_like(x_ND)
+        own: Any = self.own.values()
+        for rows, (start, stop) in zip(own, spans, strict=True):
+            if stop > start:
+                gate_OD, up_OD, down_OD = rows.read(start, stop).to(x_ND.dtype).unbind(0)
+                z_NO = self.act_fn(x_ND @ gate_OD.T) * (x_ND @ up_OD.T)
+                y_ND = y_ND + (z_NO * weight_N.unsqueeze(-1)).to(x_ND.dtype) @ down_OD
+        return y_ND
+
+    def _shared(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return what the shared neurons add, (T, D): they run once, whoever was chosen."""
+        shared: Any = self.shared
+        gain: Any = self.gain
+        rows: Tensor = shared.read(0, None).to(x_TD.dtype)
+        gate_SD, up_SD, down_SD = rows.unbind(0)
+        weight_TE = torch.zeros(len(x_TD), self.num_experts, device=x_TD.device)
+        weight_TE = weight_TE.scatter_add(1, index_TK.long(), weight_TK.float())
+        gain_TS = weight_TE.to(x_TD.dtype) @ gain.read(0, None)[0].to(x_TD.dtype)
+        z_TS = self.act_fn(x_TD @ gate_SD.T) * (x_TD @ up_SD.T) * gain_TS
+        return z_TS @ down_SD
+
+
+def fused_experts_like(native: Any, layer: dict[str, Any]) -> nn.Module:
     """Make the fused module that takes the place of a native Transformers experts module.
 
     ``native`` holds ``gate_up_proj`` (E, 2F, D), ``down_proj`` (E, D, F) and ``act_fn``; ``layer``
     is that layer's entry in the ``moefuse`` block of ``config.json``.
     """
     experts, double_intermediate, hidden = native.gate_up_proj.shape
+    if layer.get("neurons") is not None:
+        return NeuronExperts(
+            hidden,
+            experts,
+            native.act_fn,
+            neurons=layer["neurons"],
+            shared=layer["shared"],
+            shared_bits=layer["shared_bits"],
+            gain_bits=layer["gain_bits"],
+        )
     return FusedExperts(
         hidden,
         double_intermediate // 2,
@@ -232,7 +421,7 @@ def _fuse_modules(model: nn.Module, config: PreTrainedConfig) -> None:
         if not isinstance(getattr(native, "gate_up_proj", None), nn.Parameter):
             continue
         number = next(part for part in name.split(".") if part.isdigit())
-        fused = fused_experts_like(native, layers[number])
+        fused: Any = fused_experts_like(native, layers[number])
         fused.reset_parameters()
         module.experts = fused
 

@@ -1,0 +1,132 @@
+"""Neuron experts in training: low-bit rows that learn, quantised in every step.
+
+A coded row is trained as a latent row. Forward it is what its codes say; backward the gradient of
+what the codes say goes straight through to the latent (Bengio et al., 2013), to the codebook's
+entries and to the row's scale. Codes follow the latents, chosen anew every few steps. What comes
+out at the end is stored as it was trained: packing loses nothing.
+
+Shape suffixes: P parts (gate, up, down), M rows, I numbers in a row, N vectors, V numbers in one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefuse.mathematics.codebooks import fit_codebook, nearest, pack_codes
+from moefuse.modeling.modeling_moefuse import CodedRows, NeuronExperts
+
+CHOSEN_EVERY = 8
+"""Steps after which codes are chosen anew."""
+
+
+class TrainedRows(nn.Module):
+    """The trainable twin of ``CodedRows``: ``latent`` (P, M, I) in units of each row's scale."""
+
+    def __init__(self, stored: CodedRows, latent_PMI: Tensor) -> None:
+        super().__init__()
+        self.stored = [stored]  # in a list, so that its buffers are not this module's own
+        self.codebook = nn.Parameter(stored.codebook.detach().clone())
+        self.scale = nn.Parameter(stored.scale.detach().clone())
+        self.latent = nn.Parameter(latent_PMI / self.scale.detach().unsqueeze(-1))
+        self.steps = 0
+        self.code_N = torch.zeros(0, dtype=torch.long)
+        self.whole_PMI: Tensor | None = None
+
+    def refresh(self) -> None:
+        """Compute what all rows are in this step."""
+        vector_NV = _vectors(self.latent, self.codebook.shape[1])
+        if self.steps % CHOSEN_EVERY == 0 or not torch.is_grad_enabled():
+            with torch.no_grad():
+                self.code_N = nearest(vector_NV, self.codebook)
+        self.steps += torch.is_grad_enabled()
+        entry_NV = nn.functional.embedding(self.code_N, self.codebook)
+        through_NV = entry_NV + (vector_NV - vector_NV.detach())
+        parts, rows, width = self.latent.shape
+        rows_PMI = through_NV.reshape(parts, rows, -1)[..., :width]
+        self.whole_PMI = rows_PMI * self.scale.unsqueeze(-1)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return some of the rows as they are in this step."""
+        assert self.whole_PMI is not None
+        return self.whole_PMI[:, start:stop]
+
+    @torch.no_grad()
+    def packed(self) -> CodedRows:
+        """Return the stored form with what was learnt."""
+        stored = self.stored[0]
+        stored.codebook.copy_(self.codebook)
+        stored.scale.copy_(self.scale)
+        store_codes(stored, self.latent)
+        return stored
+
+
+def _vectors(rows_PMI: Tensor, size: int) -> Tensor:
+    """Cut rows into vectors of ``size`` neighbours, filled up with zeros: (N, V)."""
+    padded = nn.functional.pad(rows_PMI, (0, -rows_PMI.shape[-1] % size))
+    return padded.reshape(-1, size)
+
+
+@torch.no_grad()
+def store_codes(rows: CodedRows, normalised_PMI: Tensor) -> None:
+    """Write the codes of rows that are in units of their scale, for the codebook that is there."""
+    code_N = nearest(_vectors(normalised_PMI, rows.vector), rows.codebook)
+    code_PMC = code_N.reshape(*normalised_PMI.shape[:2], rows.count)
+    rows.codes.copy_(pack_codes(code_PMC, rows.code_bits))
+
+
+@torch.no_grad()
+def encode(rows: CodedRows, values_PMI: Tensor) -> None:
+    """Store ``values_PMI`` (P, M, I) as nearly as the bits allow; the scale is each row's root mean
+    square."""
+    scale_PM = values_PMI.square().mean(-1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    normalised_PMI = values_PMI / scale_PM.unsqueeze(-1)
+    vector_NV = _vectors(normalised_PMI, rows.vector)
+    rows.scale.copy_(scale_PM)
+    if len(vector_NV):
+        rows.codebook.copy_(fit_codebook(vector_NV, len(rows.codebook)))
+    store_codes(rows, normalised_PMI)
+
+
+class TrainedNeuronExperts(NeuronExperts):
+    """The trainable twin of ``NeuronExperts``, which it takes over: ``packed`` gives it back."""
+
+    def __init__(self, experts: NeuronExperts, latents: Mapping[str, Tensor]) -> None:
+        """Take over ``experts``; ``latents`` are the rows that its coded rows stand for, by name
+        (``own.bits2``, ``shared``, ``gain``), each (parts, rows, width)."""
+        nn.Module.__init__(self)
+        self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
+        self.register_buffer("widths", experts.widths)
+        self.own = nn.ModuleDict(
+            {name: _trained(rows, latents.get(f"own.{name}")) for name, rows in experts.own.items()}
+        )
+        self.shared = _trained(experts.shared, latents.get("shared"))
+        self.gain = _trained(experts.gain, latents.get("gain"))
+        self.experts = [experts]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the routed experts' output, (T, D), quantised as it would be stored."""
+        for rows in self.modules():
+            if isinstance(rows, TrainedRows):
+                rows.refresh()
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    def packed(self) -> NeuronExperts:
+        """Return the module that it was made of, with what was learnt."""
+        experts = self.experts[0]
+        for name, rows in self.own.items():
+            if isinstance(rows, TrainedRows):
+                experts.own[name] = rows.packed()
+        for name in ("shared", "gain"):
+            rows = getattr(self, name)
+            if isinstance(rows, TrainedRows):
+                setattr(experts, name, rows.packed())
+        return experts
+
+
+def _trained(rows: Any, latent_PMI: Tensor | None) -> Any:
+    if not isinstance(rows, CodedRows):
+        return rows
+    assert latent_PMI is not None
+    return TrainedRows(rows, latent_PMI)
