@@ -59,13 +59,14 @@ def evaluate(
     batch_size: int = 8,
     pad_id: int,
     device: str | torch.device = "cpu",
-    description: str = "evaluate",
+    description: str | None = "evaluate",
 ) -> dict[str, Quality]:
     """Measure every model on the same sequences.
 
     ``sequences`` are 1-D int64 token ids of length 2 or more; ``documents`` numbers the document
     that each belongs to (default: each its own; where all belong to one, its sequences are
     resampled instead). ``device`` is where the models are. ``teacher`` may be one of ``models``.
+    Progress is shown under ``description``, if there is one.
     Each model runs in its own dtype and leaves in the mode (training or not) that it came in.
 
     Raises ``UserError`` without sequences, for models whose vocabularies differ in size and for
@@ -76,7 +77,7 @@ def evaluate(
     sums = {name: torch.zeros(len(sequences), 3, dtype=torch.float64) for name in models}
     order = batch_order(map(len, sequences), batch_size)
     with _evaluation_mode([*models.values(), *([teacher] if teacher is not None else [])]):
-        for positions in track(order, description):
+        for positions in order if description is None else track(order, description):
             ids_BS, mask_BS = pad([sequences[position] for position in positions], pad_id)
             ids_BS, mask_BS = ids_BS.to(device), mask_BS.to(device)
             wanted_BSV = None if teacher is None else _logits(teacher, ids_BS, mask_BS)

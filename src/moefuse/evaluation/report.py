@@ -6,7 +6,7 @@ plots can be made anew from the JSON file at any time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from moefuse.evaluation.tables import listing, markdown, markdown_table, rich_ta
 
 __all__ = [
     "Row",
+    "facts",
     "machine_meta",
     "markdown_table",
     "read_report",
     "report_json",
     "rich_table",
+    "row_from_json",
     "write_report",
 ]
 
@@ -62,14 +64,15 @@ def read_report(path: str | Path) -> tuple[dict[str, Any], list[Row]]:
     file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
     try:
         value = read_json(file)
-        return value["meta"], [_row(item) for item in value["rows"]]
+        return value["meta"], [row_from_json(item) for item in value["rows"]]
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist; give a report.json or its folder.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no moefuse report ({error}); make it anew.") from error
 
 
-def _row(item: dict[str, Any]) -> Row:
+def row_from_json(item: dict[str, Any]) -> Row:
+    """Return the row that ``report_json`` wrote as ``item``; raises ``TypeError`` for another."""
     intervals = item.get("intervals")
     if intervals is not None:
         item = {**item, "intervals": {name: tuple(pair) for name, pair in intervals.items()}}
@@ -77,7 +80,6 @@ def _row(item: dict[str, Any]) -> Row:
 
 
 def _markdown_report(meta: dict[str, Any], rows: Sequence[Row], *, has_plot: bool) -> str:
-    facts = [f"- {key}: {_inline(value)}" for key, value in meta.items() if value is not None]
     parts = [
         "# Results",
         markdown_table(rows).strip(),
@@ -88,9 +90,15 @@ def _markdown_report(meta: dict[str, Any], rows: Sequence[Row], *, has_plot: boo
         "## All rows",
         markdown(*listing(rows)) if rows else "",
         "## How this was made",
-        "\n".join(facts),
+        facts(meta),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def facts(meta: Mapping[str, Any]) -> str:
+    """Return what a report says of how it was made as a Markdown list."""
+    known = {key: value for key, value in meta.items() if value is not None}
+    return "\n".join(f"- {key}: {_inline(value)}" for key, value in known.items())
 
 
 def _inline(value: Any) -> str:

@@ -1,11 +1,14 @@
 """The row: one measured model, the one kind of result that every command writes."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import mean
 
 TEACHER = "teacher"
 STAGES = ("one-shot", "distilled", "healed")
+
+TaskScores = dict[str, dict[str, float | None]]
+"""``{task: {metric: value, metric_stderr: value}}``; None where an error is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,12 @@ class Row:
     peak_bytes: int | None = None
     intervals: dict[str, tuple[float, float]] | None = None
     """95 % interval of a metric, by its name."""
+    tasks: TaskScores | None = None
+    """Scores of lm-evaluation-harness's tasks."""
+    bpw: float | None = None
+    """Bits stored for each number of the teacher's routed experts."""
+    fraction: float | None = None
+    """The budget, as a share of the bytes of the teacher's routed experts."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +58,27 @@ class Setting:
     groups: int | None
     rank: int | None
     bits: float | None
+    fraction: float | None = None
 
     def order(self) -> tuple[float, ...]:
         """Return a sort key; what is not known comes first."""
-        return tuple(-1 if x is None else x for x in (self.groups, self.rank, self.bits))
+        return tuple(-1 if x is None else x for x in astuple(self))
 
     def label(self, names: Sequence[str]) -> str:
         """Return the named values that are known, as people read them: ``G = 8, R = 16``."""
-        words = {"groups": "G = {}", "rank": "R = {}", "bits": "{:g}-bit"}
+        words = {
+            "groups": "G = {}",
+            "rank": "R = {}",
+            "bits": "{:g}-bit",
+            "fraction": "{:g} of the bytes",
+        }
         values = {name: getattr(self, name) for name in names}
         return ", ".join(words[name].format(x) for name, x in values.items() if x is not None)
 
 
 def setting(row: Row) -> Setting:
     """Return what a row must share with another of its method and stage to differ by seed only."""
-    return Setting(row.groups, row.rank, row.bits)
+    return Setting(row.groups, row.rank, row.bits, row.fraction)
 
 
 def stage_order(stage: str | None) -> tuple[int, str]:

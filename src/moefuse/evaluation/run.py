@@ -1,14 +1,14 @@
 """What ``moefuse eval`` does: a checkpoint and its teacher, from their folders to rows."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefuse import demo
 from moefuse.artifacts import fingerprint
@@ -26,7 +26,7 @@ from moefuse.evaluation.loading import (
 from moefuse.evaluation.machine import machine_meta
 from moefuse.evaluation.quality import Quality, evaluate
 from moefuse.evaluation.report import report_json
-from moefuse.evaluation.rows import TEACHER, Row
+from moefuse.evaluation.rows import TEACHER, Row, TaskScores
 from moefuse.evaluation.tables import rich_table
 
 __all__ = ["EvaluationReport", "Quality", "evaluate", "evaluate_command", "load_model"]
@@ -59,6 +59,9 @@ def evaluate_command(
     device: str = "cpu",
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
     command: str = "moefuse eval",
 ) -> EvaluationReport:
     """Measure the checkpoint ``model`` and, beside it, its ``teacher``.
@@ -66,44 +69,98 @@ def evaluate_command(
     ``data`` is what ``load_documents`` takes; without it the text bundled for the bundled teacher
     serves models that share its tokenizer. ``tokens`` limits how much of it is read (None: all),
     ``sequence_length`` is in tokens, ``command`` is the command line to keep in the report.
+    ``tasks``, ``limit`` and ``num_fewshot`` are what ``prepare_tasks`` takes; every model is
+    measured on them, and on text only where there are no tasks or ``data`` or ``teacher`` is given.
 
-    Raises ``UserError`` for checkpoints, text and devices that cannot be used, and for a teacher
-    with another tokenizer.
+    Raises ``UserError`` for checkpoints, text, tasks and devices that cannot be used, and for a
+    teacher with another tokenizer.
     """
+    if not tasks and (limit is not None or num_fewshot is not None):
+        raise UserError("--limit and --num-fewshot are about tasks; name some with --tasks.")
     paths = {"teacher": teacher, "model": model} if teacher else {"model": model}
     tokenizer = _shared_tokenizer(list(paths.values()), trust_remote_code)
-    source = data or str(_bundled_text(model, tokenizer))
+    measure_tasks = _task_runner(tasks, tokenizer, batch_size, limit, num_fewshot)
+    text = None
+    if not tasks or data or teacher:
+        source = data or str(_bundled_text(model, tokenizer))
+        text = _read_text(source, tokenizer, tokens, sequence_length)
+    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    models = {name: load_model(path, **options)[0] for name, path in paths.items()}
+    start = time.monotonic()
+    qualities = {} if text is None else text.measure(models, tokenizer, batch_size, device)
+    scores = {name: measure_tasks(loaded) for name, loaded in models.items()}
+    meta = machine_meta(
+        command,
+        device=device,
+        data=None if text is None else text.facts,
+        tasks=next(facts for _, facts in scores.values()),
+        dtype=dtype or "as stored",
+        seconds=round(time.monotonic() - start, 2),
+    )
+    rows = [
+        _measured_row(name, paths[name], models[name], qualities.get(name), scores[name][0])
+        for name in paths
+    ]
+    return EvaluationReport(meta, rows)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Held-out text as token ids: 1-D int64 sequences, and the number of each one's document."""
+
+    sequences: list[Tensor]
+    documents: list[int]
+    facts: dict[str, Any]
+
+    def measure(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        device: str,
+    ) -> dict[str, Quality]:
+        return evaluate(
+            models,
+            self.sequences,
+            teacher=models.get("teacher"),
+            documents=self.documents,
+            batch_size=batch_size,
+            pad_id=pad_id(tokenizer),
+            device=device,
+        )
+
+
+def _read_text(
+    source: str, tokenizer: PreTrainedTokenizerBase, tokens: int | None, sequence_length: int
+) -> _Text:
     windows = tokenize_by_document(
         load_documents(source), tokenizer, sequence_length, limit_tokens=tokens
     )
     sequences = [window for document in windows for window in document]
+    facts = {
+        "name": Path(source).name if Path(source).exists() else source,
+        "documents": len(windows),
+        "sequence_length": sequence_length,
+        "fingerprint": fingerprint([sequence.tolist() for sequence in sequences]),
+    }
     documents = [number for number, document in enumerate(windows) for _ in document]
-    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    models = {name: load_model(path, **options)[0] for name, path in paths.items()}
-    start = time.monotonic()
-    found = evaluate(
-        models,
-        sequences,
-        teacher=models.get("teacher"),
-        documents=documents,
-        batch_size=batch_size,
-        pad_id=pad_id(tokenizer),
-        device=device,
-    )
-    meta = machine_meta(
-        command,
-        device=device,
-        data={
-            "name": Path(source).name if Path(source).exists() else source,
-            "documents": len(windows),
-            "sequence_length": sequence_length,
-            "fingerprint": fingerprint([sequence.tolist() for sequence in sequences]),
-        },
-        dtype=dtype or "as stored",
-        seconds=round(time.monotonic() - start, 2),
-    )
-    rows = [_measured_row(name, paths[name], models[name], found[name]) for name in paths]
-    return EvaluationReport(meta, rows)
+    return _Text(sequences, documents, facts)
+
+
+def _task_runner(
+    tasks: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    limit: int | None,
+    num_fewshot: int | None,
+) -> Callable[[PreTrainedModel], tuple[TaskScores | None, dict[str, Any] | None]]:
+    """Prepare ``tasks`` and return a function that gives a model's scores and facts about them."""
+    if not tasks:
+        return lambda _: (None, None)
+    from moefuse.evaluation.tasks import prepare_tasks, run_tasks  # noqa: PLC0415  an extra
+
+    prepared = prepare_tasks(tasks, tokenizer, limit=limit, num_fewshot=num_fewshot)
+    return lambda model: run_tasks(prepared, model, tokenizer, batch_size=batch_size)
 
 
 def _shared_tokenizer(paths: Sequence[str], trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -127,15 +184,29 @@ def _bundled_text(model: str, tokenizer: PreTrainedTokenizerBase) -> Path:
     )
 
 
-def _measured_row(name: str, path: str, model: nn.Module, quality: Quality) -> Row:
+def _measured_row(
+    name: str,
+    path: str,
+    model: PreTrainedModel,
+    quality: Quality | None,
+    tasks: TaskScores | None,
+) -> Row:
     headers = read_sizes(path)
-    return Row(
+    measured = Row(
         **_origin(name, path, headers.config),
-        tokens=quality.tokens,
         parameters=count_parameters(model),
         active_parameters=count_active_parameters(model, headers),
         expert_bytes=expert_bytes(headers),
         total_bytes=headers.total_bytes,
+        tasks=tasks,
+    )
+    return measured if quality is None else _with_quality(measured, quality)
+
+
+def _with_quality(row: Row, quality: Quality) -> Row:
+    return replace(
+        row,
+        tokens=quality.tokens,
         kl=quality.kl,
         cross_entropy=quality.cross_entropy,
         perplexity=quality.perplexity,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moefuse.evaluation.rows import TEACHER, Row, Setting, mean_of, setting, stage_order
 
-SETTINGS = ("groups", "rank", "bits")
+SETTINGS = ("groups", "rank", "bits", "fraction")
 # Sizes at one budget differ a little, since experts and ranks come in whole numbers.
 SAME_SIZE = 1.1
 
@@ -26,7 +26,8 @@ def markdown_table(rows: Sequence[Row], *, by: Literal["groups", "expert_bytes"]
     """
     measured = [row for row in rows if row.method != TEACHER and row.kl is not None]
     parts = [_comparison(measured, by)] if measured else []
-    parts.extend(_teacher_note(row) for row in rows if row.method == TEACHER)
+    notes = [_teacher_note(row) for row in rows if row.method == TEACHER]
+    parts.extend(note for note in notes if note)
     return "\n\n".join(parts) + "\n"
 
 
@@ -100,14 +101,15 @@ def _cell(rows: Sequence[Row], best: float | None, shown: set[str]) -> str:
 
 def _entry(rows: Sequence[Row], best: float | None) -> str:
     kl = [row.kl for row in rows if row.kl is not None]
-    text = _short(mean(kl))
+    text = short(mean(kl))
     text = f"**{text}**" if mean(kl) == best else text
-    spread = f" ± {_short(stdev(kl))}" if len(kl) > 1 else ""
+    spread = f" ± {short(stdev(kl))}" if len(kl) > 1 else ""
     agreement = mean_of(rows, "agreement")
     return text + spread + ("" if agreement is None else f" ({agreement:.1%})")
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Return a KL as people write it: three decimals, or powers of ten where it is tiny."""
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1e}"
 
 
@@ -134,8 +136,9 @@ def _teacher_note(row: Row) -> str:
         None if row.cross_entropy is None else f"cross-entropy {row.cross_entropy:.3f}",
         None if row.perplexity is None else f"perplexity {row.perplexity:.2f}",
     ]
+    known = ", ".join(fact for fact in facts if fact)
     experts = "" if row.groups is None else f" ({row.groups} experts a layer)"
-    return f"Teacher{experts}: {', '.join(fact for fact in facts if fact)}."
+    return f"Teacher{experts}: {known}." if known else ""
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -144,8 +147,9 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "groups": ("G", str),
     "rank": ("R", str),
     "bits": ("Bits", "{:g}".format),
+    "fraction": ("Budget", "{:.3g}".format),
     "seed": ("Seed", str),
-    "kl": ("KL", _short),
+    "kl": ("KL", short),
     "agreement": ("Agreement", "{:.1%}".format),
     "cross_entropy": ("Cross-entropy", "{:.3f}".format),
     "perplexity": ("Perplexity", "{:.2f}".format),
@@ -153,6 +157,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "active_parameters": ("Active", "{:,}".format),
     "expert_bytes": ("Expert bytes", human_bytes),
     "total_bytes": ("Total bytes", human_bytes),
+    "bpw": ("Bits per weight", "{:.3g}".format),
     "tokens": ("Tokens", "{:,}".format),
     "seconds": ("Seconds", "{:.1f}".format),
     "peak_bytes": ("Peak memory", human_bytes),
@@ -163,8 +168,34 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 def listing(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return titles and lines of all rows, columns without a single value left out."""
     used = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    titles = [COLUMNS[name][0] for name in used]
-    return titles, [[_value(row, name) for name in used] for row in rows]
+    scored = _scored(rows)
+    titles = [COLUMNS[name][0] for name in used] + [" ".join(pair) for pair in scored]
+    lines = [
+        [_value(row, name) for name in used] + [_score(row, *pair) for pair in scored]
+        for row in rows
+    ]
+    return titles, lines
+
+
+def _scored(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return every (task, metric) of any row, standard errors left out."""
+    pairs = (
+        (task, metric)
+        for row in rows
+        for task, metrics in (row.tasks or {}).items()
+        for metric in metrics
+        if not metric.partition(",")[0].endswith("_stderr")
+    )
+    return list(dict.fromkeys(pairs))
+
+
+def _score(row: Row, task: str, metric: str) -> str:
+    metrics = (row.tasks or {}).get(task, {})
+    name, comma, way = metric.partition(",")
+    value, error = metrics.get(metric), metrics.get(f"{name}_stderr{comma}{way}")
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _value(row: Row, name: str) -> str:
