@@ -62,8 +62,15 @@ class CalibrateConfig:
     tokens: int = setting(131_072, "Calibration tokens.", at_least=2)
     sequence_length: int = setting(512, "Tokens in one calibration sequence.", at_least=2)
     batch_size: int = setting(8, "Sequences in one batch.", at_least=1)
+    sensitivity_tokens: int = setting(
+        8192,
+        "Calibration tokens whose gradients tell how much the logits feel of each layer's errors; "
+        "0 takes all layers' errors as they are.",
+        at_least=0,
+    )
 
 
+LOSSES = ("auto", "output", "logits")
 BITS = ("auto", "16")
 FORMS = ("auto", "low-rank", "neurons")
 
@@ -169,6 +176,12 @@ class DistillConfig:
         1e-2, "Peak learning rate of scales and biases.", at_least=0, at_most=1
     )
     warmup: float = setting(0.05, "Share of the steps spent warming up.", at_least=0, at_most=1)
+    loss: str = setting(
+        "auto",
+        "What distillation lessens: output, the layer's squared error; logits, the same weighed by "
+        "what the logits feel; auto, logits for own neurons.",
+        choices=LOSSES,
+    )
     held_back: float = setting(
         0.05, "Share of the tokens that only measure.", at_least=0, at_most=0.5
     )

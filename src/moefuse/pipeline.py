@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefuse import artifacts, corpus, demo
 from moefuse.calibration.collect import Batch, CalibrationStore, collect
+from moefuse.calibration.sensitivity import measure_sensitivity, metric_path
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.config import (
@@ -38,7 +39,7 @@ from moefuse.config import (
 )
 from moefuse.console import say, track
 from moefuse.devices import choose_device, choose_dtype, stored_dtype, suited_threads
-from moefuse.distillation.loop import distill_layer
+from moefuse.distillation.loop import distill_layer, metric_root
 from moefuse.errors import UserError
 from moefuse.export.assemble import assemble
 from moefuse.export.card import model_card
@@ -81,16 +82,27 @@ STAGES = (
 )
 CHECKED = "checked"
 SPARE_DISK_SHARE = 1.05
+METRIC_DAMPING = 0.05
+"""Share of the mean sensitivity that every direction of a layer's output has at least."""
 JUDGE_TOKENS = 4096
 """Calibration tokens beyond those fitted to, on which ways of factoring are compared."""
 STAGE_OF = {
     "calibration": "calibrate",
+    "sensitivity": "calibrate",
     "energies": "group",
     "factors": "factor",
     "distilled": "distill",
 }
 """The command that leaves each directory of artifacts."""
-OWN_ENTRIES = ("calibration-", "groups-", "energies-", "factors-", "distilled-", f"{CHECKED}-")
+OWN_ENTRIES = (
+    "calibration-",
+    "groups-",
+    "sensitivity-",
+    "energies-",
+    "factors-",
+    "distilled-",
+    f"{CHECKED}-",
+)
 
 
 class Job:
@@ -255,10 +267,43 @@ class Job:
         groups = [layer.groups for layer in self.plan.layers.values()]
         return self._directory("groups", self.store.directory.name, groups, asdict(self.grouping))
 
+    @property
+    def _sensitivity_batches(self) -> int:
+        tokens = self.calibration.batch_size * self.calibration.sequence_length
+        return -(-self.calibration.sensitivity_tokens // tokens)
+
+    @cached_property
+    def sensitivity_directory(self) -> Path | None:
+        """Where it is kept what the logits feel of each layer; None where nothing asks."""
+        felt = self.uses_neurons or self.distillation.loss == "logits"
+        if not felt or not self.calibration.sensitivity_tokens:
+            return None
+        settings = [self.store.directory.name, self._sensitivity_batches, self.compute.seed]
+        return self._directory("sensitivity", *settings)
+
+    def metric(self, layer: int) -> Tensor | None:
+        """Return what the logits feel of a layer's errors, (D, D), or None for all alike."""
+        if self.sensitivity_directory is None:
+            return None
+        path = metric_path(self.sensitivity_directory, layer)
+        if not path.exists():
+            raise _missing("calibrate", self.work)
+        return artifacts.read_tensors(path)["fisher_DD"].to(self.device)
+
+    def metric_root(self, layer: int) -> Tensor | None:
+        """Return the root of the metric that distillation compares outputs in, or None."""
+        loss = self.distillation.loss
+        if loss == "output" or (loss == "auto" and not self.uses_neurons):
+            return None
+        metric_DD = self.metric(layer)
+        return None if metric_DD is None else metric_root(metric_DD, METRIC_DAMPING)
+
     @cached_property
     def energies_directory(self) -> Path:
         """Where the energies of neurons are."""
-        return self._directory("energies", self.store.directory.name, self.factoring.fit_tokens)
+        felt = self.sensitivity_directory.name if self.sensitivity_directory else None
+        settings = [self.store.directory.name, self.factoring.fit_tokens, felt]
+        return self._directory("energies", *settings)
 
     @cached_property
     def factors_directory(self) -> Path:
@@ -278,6 +323,8 @@ class Job:
         if not self.distillation.steps:
             return self.factors_directory
         settings = [asdict(self.distillation), self.compute.seed]
+        if self.sensitivity_directory is not None:
+            settings.append(self.sensitivity_directory.name)
         return self._directory("distilled", self.factors_directory.name, settings)
 
     @property
@@ -322,6 +369,13 @@ class Job:
         self.check_weights()
         with self.suited_threads():
             collect(self.teacher, self.batches, self.store)
+            if self.sensitivity_directory is not None:
+                measure_sensitivity(
+                    self.teacher,
+                    self.batches[: self._sensitivity_batches],
+                    self.sensitivity_directory,
+                    seed=self.compute.seed,
+                )
 
     def group(self) -> None:
         """Choose which experts of each layer share a base, or measure what neurons are worth."""
@@ -342,7 +396,9 @@ class Job:
             self._calibrated(layer)
             with self.suited_threads():
                 call = self.store.sample(layer, self.factoring.fit_tokens).to(self.device)
-                energy_EF = importance(self.experts(layer), call) / len(call.x_TD)
+                energy_EF = importance(self.experts(layer), call, self.metric(layer)) / len(
+                    call.x_TD
+                )
             artifacts.write_tensors(path, {"energy_EF": energy_EF})
 
     def factor(self) -> None:
@@ -419,6 +475,7 @@ class Job:
             self.distillation,
             seed=self.compute.seed + layer,
             progress=lambda steps: track(steps, f"Distil layer {layer}"),
+            metric_root_DD=self.metric_root(layer),
         )
         say(f"Layer {layer}: relative error {result.before:.4f}, now {result.after:.4f}")
         made: dict[str, Any] = {"before": result.before, "after": result.after}

@@ -160,6 +160,35 @@ class StreamedTeacher:
         finally:
             module.to("meta")
 
+    @contextmanager
+    def head(self) -> Iterator[nn.Module]:
+        """Hold what follows the last layer in memory: (..., D) to logits (..., V)."""
+        norm = self.backbone.norm
+        output = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = nn.Sequential(norm, output)  # type: ignore[arg-type]
+        names = {id(module): name for name, module in self.model.named_modules()}
+        stored = {self.reader.family.module_name(n): n for n in self.reader.outside_names()}
+        for module in head:
+            prefix = names[id(module)]
+            state = {}
+            for name, expected in module.state_dict().items():
+                source = stored.get(f"{prefix}.{name}")
+                # Tied to the embeddings where the checkpoint has none of its own.
+                weight = (
+                    self.model.get_input_embeddings().weight  # type: ignore[operator]
+                    if source is None
+                    else self.reader.read(source)
+                )
+                state[name] = weight.detach().to(self.device, expected.dtype)
+            module.load_state_dict(state, strict=True, assign=True)
+            module.requires_grad_(False)
+        try:
+            yield head
+        finally:
+            norm.to("meta")  # type: ignore[operator]
+            if not self.config.tie_word_embeddings:
+                output.to("meta")
+
     def _layer_state(self, layer: int) -> dict[str, Tensor]:
         family = self.reader.family
         stored = self.reader.read_layer(layer, experts=False)

@@ -8,10 +8,10 @@ experts module; rivals are distilled by this same loop.
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moefuse.config import DistillConfig
 from moefuse.mathematics.experts import ExpertsCall
@@ -42,12 +42,17 @@ def distill_layer(
     *,
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
+    metric_root_DD: Tensor | None = None,
 ) -> DistillResult:
     """Train ``student`` in place on the recorded ``call``; deterministic for one seed.
 
-    ``progress`` wraps the steps to show how far they are. The student goes back to where it began
-    should the held-back tokens show that it became worse.
+    ``progress`` wraps the steps to show how far they are. ``metric_root_DD`` (D, D) multiplies
+    outputs before they are compared: the root of a metric that says which errors count. The student
+    goes back to where it began should the held-back tokens show that it became worse.
     """
+    if metric_root_DD is not None:
+        call = replace(call, y_TD=call.y_TD.float() @ metric_root_DD)
+        student = _Felt(student, metric_root_DD)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(call.x_TD), generator=generator)
     held = max(1, round(len(order) * options.held_back))
@@ -79,6 +84,27 @@ def distill_layer(
     return DistillResult(before, after, losses)
 
 
+class _Felt(nn.Module):
+    """A student whose output is seen through a metric's root."""
+
+    def __init__(self, student: nn.Module, root_DD: Tensor) -> None:
+        super().__init__()
+        self.student, self.root_DD = student, root_DD
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.student(*given) @ self.root_DD
+
+
+def metric_root(metric_DD: Tensor, damping: float) -> Tensor:
+    """Return ``R`` (D, D) with ``R R^T`` the metric over its mean eigenvalue, damped.
+
+    ``damping`` is added to every eigenvalue, so that no direction counts for nothing.
+    """
+    scaled_DD = metric_DD.double() / metric_DD.double().diagonal().mean().clamp_min(1e-300)
+    eye_DD = torch.eye(len(metric_DD), dtype=torch.float64, device=metric_DD.device)
+    return torch.linalg.cholesky(scaled_DD + damping * eye_DD).float()
+
+
 def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
     """Give bases, deltas, scales, neurons and low-bit rows their own learning rates."""
     rates = {
@@ -88,7 +114,8 @@ def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
         r"(own\..*|shared)\.weight$": options.neuron_learning_rate,
     }
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in student.named_parameters():
+    for full_name, parameter in student.named_parameters():
+        name = full_name.removeprefix("student.")
         if parameter.requires_grad:
             found = (rate for pattern, rate in rates.items() if re.match(pattern, name))
             groups.setdefault(next(found, options.learning_rate), []).append(parameter)

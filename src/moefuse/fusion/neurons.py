@@ -48,16 +48,19 @@ def neurons(experts: Experts, gate_up_FD: Tensor, x_ND: Tensor) -> Tensor:
     return experts.activation(gate_NF) * up_NF
 
 
-def importance(experts: Experts, call: ExpertsCall) -> Tensor:
+def importance(experts: Experts, call: ExpertsCall, metric_DD: Tensor | None = None) -> Tensor:
     """Return the energy that every neuron adds to the output, (E, F).
 
-    ``sum over its tokens of (w z)^2``, times the squared norm of its down column.
+    ``sum over its tokens of (w z)^2``, times the squared norm of its down column d, or times
+    ``d^T metric d`` where a ``metric_DD`` (D, D) says what counts.
     """
     energies = []
     for expert, gate_up_FD in enumerate(experts.gate_up_EFD):
         token_N, weight_N1 = rows_of_expert(call, expert)
         z_NF = neurons(experts, gate_up_FD, call.x_TD[token_N]) * weight_N1
-        energies.append(z_NF.square().sum(0) * experts.down_EDF[expert].square().sum(0))
+        down_DF = experts.down_EDF[expert]
+        felt_DF = down_DF if metric_DD is None else metric_DD @ down_DF
+        energies.append(z_NF.square().sum(0) * (down_DF * felt_DF).sum(0).clamp_min(0))
     return torch.stack(energies)
 
 

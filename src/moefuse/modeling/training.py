@@ -8,7 +8,7 @@ out at the end is stored as it was trained: packing loses nothing.
 Shape suffixes: P parts (gate, up, down), M rows, I numbers in a row, N vectors, V numbers in one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -112,6 +112,22 @@ class TrainedNeuronExperts(NeuronExperts):
                 rows.refresh()
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
+    def _own(
+        self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, rows_per_expert: list[int]
+    ) -> Tensor:
+        """Return what every row's expert makes of it, (N, D); on a GPU all experts at once.
+
+        A launch for every expert and number of bits costs a GPU more than the arithmetic: rows and
+        neurons are filled up to the longest expert's instead.
+        """
+        if not x_TD.is_cuda:
+            return super()._own(x_TD, token_N, weight_N, rows_per_expert)
+        own: Any = self.own.values()
+        rows_PMD = torch.cat([rows.read(0, None) for rows in own], 1).to(x_TD.dtype)
+        return padded_own(
+            rows_PMD, self.widths, self.act_fn, x_TD[token_N], weight_N, rows_per_expert
+        )
+
     def packed(self) -> NeuronExperts:
         """Return the module that it was made of, with what was learnt."""
         experts = self.experts[0]
@@ -123,6 +139,47 @@ class TrainedNeuronExperts(NeuronExperts):
             if isinstance(rows, TrainedRows):
                 setattr(experts, name, rows.packed())
         return experts
+
+
+def padded_own(
+    rows_PMD: Tensor,
+    widths: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    x_ND: Tensor,
+    weight_N: Tensor,
+    rows_per_expert: list[int],
+) -> Tensor:
+    """Return what each expert's own neurons make of its rows, (N, D), by batched products.
+
+    ``rows_PMD`` (3, M, D) holds all neurons in the order that ``widths`` (bit widths, E) tells;
+    ``x_ND`` (N, D) and ``weight_N`` are sorted by expert, ``rows_per_expert`` of each. E experts
+    are filled up to O neurons and C rows.
+    """
+    neuron_EO = _places(widths)
+    row_EC = _spans(torch.tensor(rows_per_expert, device=x_ND.device))
+    padded_PMD = nn.functional.pad(rows_PMD, (0, 0, 0, 1))
+    gate_EOD, up_EOD, down_EOD = padded_PMD[:, neuron_EO].unbind(0)
+    x_ECD = nn.functional.pad(x_ND, (0, 0, 0, 1))[row_EC]
+    weight_EC = nn.functional.pad(weight_N, (0, 1))[row_EC]
+    z_ECO = activation(x_ECD @ gate_EOD.mT) * (x_ECD @ up_EOD.mT) * weight_EC.unsqueeze(-1)
+    y_ECD = z_ECO.to(x_ND.dtype) @ down_EOD
+    return y_ECD[row_EC < len(x_ND)]
+
+
+def _places(widths: Tensor) -> Tensor:
+    """Return which rows are each expert's, (E, O); the one after the last where it has fewer."""
+    experts = torch.arange(widths.shape[1], device=widths.device).expand_as(widths)
+    order_M = experts.flatten().repeat_interleave(widths.flatten()).sort(stable=True).indices
+    places_EO = _spans(widths.sum(0))
+    return nn.functional.pad(order_M, (0, 1), value=len(order_M))[places_EO]
+
+
+def _spans(count_E: Tensor) -> Tensor:
+    """Number what ``count_E`` (E,) counts in order: (E, most); the total where there is no more."""
+    offset_O = torch.arange(int(count_E.max()), device=count_E.device)
+    start_E1 = (count_E.cumsum(0) - count_E).unsqueeze(-1)
+    there_EO = offset_O < count_E.unsqueeze(-1)
+    return torch.where(there_EO, start_E1 + offset_O, count_E.sum())
 
 
 def _trained(rows: Any, latent_PMI: Tensor | None) -> Any:
