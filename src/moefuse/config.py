@@ -72,6 +72,7 @@ class CalibrateConfig:
 
 LOSSES = ("auto", "output", "logits")
 BITS = ("auto", "16")
+SPREADS = ("model", "layer")
 FORMS = ("auto", "low-rank", "neurons")
 
 
@@ -93,6 +94,17 @@ class SizeConfig:
         "Bits that own neurons may have under a budget: auto (1, 2, 3, 4, 8 or 16, as each is "
         "worth) or 16; --params always takes 16.",
         choices=BITS,
+    )
+    shared: int | None = setting(
+        None,
+        "Neurons of a layer that all its experts share; the planner's choice without.",
+        at_least=0,
+    )
+    spread: str = setting(
+        "model",
+        "Over what a budget is spread by what neurons are worth: model, all layers; layer, each "
+        "layer has its own share.",
+        choices=SPREADS,
     )
     form: str = setting(
         "auto",

@@ -176,8 +176,8 @@ class Job:
             for layer in self.reader.shape.layers
         }
         itemsize = self.sizes.itemsize
-        budget, choices = expert_budget(self.sizes, self.size), choices_of(self.size)
-        chosen, layers = settle(self.reader.shape, energies, budget, choices, itemsize)
+        budget = expert_budget(self.sizes, self.size)
+        chosen, layers = settle(self.reader.shape, energies, budget, self.size, itemsize)
         return chosen, counted(self.sizes, layers)
 
     @property
@@ -310,7 +310,8 @@ class Job:
         """Where factoring leaves its artifacts."""
         if self.uses_neurons:
             budget = expert_budget(self.sizes, self.size)
-            settings = [budget, choices_of(self.size), asdict(self.factoring)]
+            shared = [choices_of(self.size), self.size.shared, self.size.spread]
+            settings = [budget, shared, asdict(self.factoring)]
             return self._directory("factors", self.energies_directory.name, *settings)
         layers = [asdict(layer) for layer in self.plan.layers.values()]
         return self._directory(

@@ -1,9 +1,9 @@
 """What the logits feel: how much an error of each MoE layer's output changes the predictions.
 
 To second order the divergence that an error ``d`` of a layer's output causes is ``1/2 d^T F d``
-with Fisher information ``F = E[g g^T]``, where g is the gradient of ``-log p(token)`` for tokens drawn
-from the model's own predictions (Amari, 1998). One D x D matrix a layer is kept: it makes errors of
-different layers comparable, and tells which directions of one layer matter.
+with the Fisher information ``F = E[g g^T]``, g being the gradient of ``-log p(token)`` for tokens
+drawn from the model's own predictions (Amari, 1998). One D x D matrix a layer is kept: it makes
+errors of different layers comparable, and tells which directions of one layer matter.
 
 The teacher is streamed forward, keeping what enters every layer, and then backward, one layer in
 memory at a time. Every layer leaves directories that appear whole, so that an interrupted run goes

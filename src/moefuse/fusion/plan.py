@@ -24,7 +24,6 @@ from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape
 from moefuse.fusion.plan_neurons import (
     LEAST_BITS,
-    choices_of,
     forecast,
     shape_overhead,
     uses_neurons,
@@ -118,7 +117,7 @@ def make_plan(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Plan:
     """
     if uses_neurons(size):
         budget = expert_budget(teacher, size)
-        return counted(teacher, forecast(teacher.shape, budget, choices_of(size), teacher.itemsize))
+        return counted(teacher, forecast(teacher.shape, budget, size, teacher.itemsize))
     groups, rank = _choose(teacher, size, factor)
     layer = LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
     return _counted(teacher, layer)

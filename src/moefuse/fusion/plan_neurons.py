@@ -6,6 +6,7 @@ the energies that were measured, over all layers at once, and counts true bytes 
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import NormalDist
 
 import torch
@@ -39,10 +40,9 @@ def choices_of(size: SizeConfig) -> tuple[str, ...]:
     return FULL if size.bits == "16" or size.params is not None else LOW_BITS
 
 
-def forecast(
-    shape: MoeShape, budget: int, choices: tuple[str, ...], itemsize: int
-) -> dict[int, LayerPlan]:
+def forecast(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int) -> dict[int, LayerPlan]:
     """Plan every layer for ``budget`` bytes of routed experts as if all layers were typical."""
+    choices = choices_of(size)
     layers = len(shape.layers)
     neurons = shape.experts * shape.intermediate
     normal = NormalDist(sigma=ENERGY_SPREAD)
@@ -50,40 +50,61 @@ def forecast(
     energy_1N = torch.tensor(
         [[math.exp(normal.inv_cdf((place + 0.5) / count)) for place in range(count)]]
     )
-    empty = _layer_plan(shape, dict.fromkeys(choices[1:], 0), budget, choices)
+    empty = _layer_plan(shape, dict.fromkeys(choices[1:], 0), budget, size)
     fixed = layer_bytes(shape, empty, itemsize)
     room = max(0, budget // layers - fixed) * 8 * count / neurons
     choice_N = allocate({0: energy_1N}, shape.hidden, room, choices)[0]
     share = {bits: float((choice_N == n).float().mean()) for n, bits in enumerate(choices)}
     kept = {bits: int(share[bits] * neurons) for bits in choices[1:] if share[bits]}
-    return dict.fromkeys(shape.layers, _layer_plan(shape, kept, budget, choices))
+    return dict.fromkeys(shape.layers, _layer_plan(shape, kept, budget, size))
 
 
 def settle(
     shape: MoeShape,
     energies: Mapping[int, Tensor],
     budget: int,
-    choices: tuple[str, ...],
+    size: SizeConfig,
     itemsize: int,
 ) -> tuple[dict[int, Tensor], dict[int, LayerPlan]]:
     """Choose every neuron's bits by what was measured, and plan every layer.
 
     ``energies`` holds each layer's (E, F); all layers together take at most ``budget`` bytes,
     codebooks, scales and widths counted. Returns each layer's (E, F) numbers of a choice in
-    ``choices``, and the plans.
+    ``choices_of(size)``, and the plans.
     """
-    empty = _layer_plan(shape, {}, budget, choices)
+    if size.spread == "layer" and len(energies) > 1:
+        return _settle_apart(shape, energies, budget, size, itemsize)
+    choices = choices_of(size)
+    empty = _layer_plan(shape, {}, budget, size)
     room = budget - len(energies) * layer_bytes(shape, empty, itemsize)
     while True:
         chosen = allocate(energies, shape.hidden, max(room, 0) * 8, choices)
         plans = {
-            layer: _layer_plan(shape, _counts(chosen_EF, choices), budget, choices)
+            layer: _layer_plan(shape, _counts(chosen_EF, choices), budget, size)
             for layer, chosen_EF in chosen.items()
         }
         excess = sum(layer_bytes(shape, plan, itemsize) for plan in plans.values()) - budget
         if excess <= 0 or room <= 0:
             return chosen, plans
         room -= excess
+
+
+def _settle_apart(
+    shape: MoeShape,
+    energies: Mapping[int, Tensor],
+    budget: int,
+    size: SizeConfig,
+    itemsize: int,
+) -> tuple[dict[int, Tensor], dict[int, LayerPlan]]:
+    """Settle every layer by itself, each with an equal share of the budget."""
+    chosen: dict[int, Tensor] = {}
+    plans: dict[int, LayerPlan] = {}
+    for layer, energy_EF in energies.items():
+        alone = replace(shape, layers=(layer,))
+        share = budget // len(energies)
+        of_one, plan = settle(alone, {layer: energy_EF}, share, size, itemsize)
+        chosen, plans = chosen | of_one, plans | plan
+    return chosen, plans
 
 
 def _counts(chosen_EF: Tensor, choices: tuple[str, ...]) -> dict[str, int]:
@@ -94,15 +115,17 @@ def _counts(chosen_EF: Tensor, choices: tuple[str, ...]) -> dict[str, int]:
 
 
 def _layer_plan(
-    shape: MoeShape, neurons: dict[str, int], budget: int, choices: tuple[str, ...]
+    shape: MoeShape, neurons: dict[str, int], budget: int, size: SizeConfig
 ) -> LayerPlan:
     numbers = len(shape.layers) * shape.experts * 3 * shape.hidden * shape.intermediate
     bits = 8 * budget / numbers
     left_over = shape.experts * shape.intermediate - sum(neurons.values())
-    if choices == FULL:
-        shared = min(shape.intermediate, left_over) if bits < 16 else 0
+    whole = choices_of(size) == FULL
+    has_shared = bits < 16 if whole else bits <= SHARED_BELOW_BITS
+    wanted = size.shared if size.shared is not None else shape.intermediate * has_shared
+    shared = min(wanted, left_over)
+    if whole:
         return LayerPlan(neurons=neurons, shared=shared)
-    shared = min(shape.intermediate, left_over) if bits <= SHARED_BELOW_BITS else 0
     return LayerPlan(neurons=neurons, shared=shared, shared_bits=SHARED_BITS, gain_bits=GAIN_BITS)
 
 
