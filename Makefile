@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check quality benchmarks clean
+.PHONY: demo test check quality ablation spectra benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -21,6 +21,14 @@ check: $(VENV)/developing
 # The long comparison behind the README's table: rivals distilled too, three seeds.
 quality: $(VENV)/installed
 	$(BIN)/python benchmarks/quality.py
+
+# What each part of the method is worth, one removed at a time, three seeds.
+ablation: $(VENV)/installed
+	$(BIN)/python benchmarks/ablation.py
+
+# Spectra of deltas, how alike and how unequal neurons are, and where errors come from.
+spectra: $(VENV)/installed
+	$(BIN)/python benchmarks/spectra.py
 
 # torch is installed by its exact version first, so that a plain "torch" never replaces it.
 $(VENV)/installed: pyproject.toml

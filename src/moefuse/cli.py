@@ -318,6 +318,64 @@ def generate(
     )
 
 
+@app.command("compare")
+@with_settings(*UP_TO_CALIBRATE, GroupConfig, FactorConfig, DistillConfig)
+def compare_command(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Directory for cells, artifacts and the report.")],
+    values: dict[str, Any],
+    methods: Annotated[
+        str, typer.Option(help="Methods with commas between, or all of them.")
+    ] = "all",
+    fractions: Annotated[
+        str, typer.Option(help="Budgets: shares of the bytes of the teacher's routed experts.")
+    ] = "0.5,0.25,0.125,0.0625,0.03125",
+    seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on.")] = 3,
+    bits: Annotated[
+        str, typer.Option(help="Bits at which structural rivals store their numbers.")
+    ] = "16,4,2",
+    quantise: Annotated[
+        str, typer.Option(help="Round structural rivals inside distillation or after it.")
+    ] = "inside",
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on: a file, a folder, JSONL or a hub data set."),
+    ] = None,
+    held_out_tokens: Annotated[int, typer.Option(help="Most tokens to measure on.")] = 12_288,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Do only part I of N, as I/N from 0/N on, to run several at once."),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Compare this design with rivals at the same bytes, text and steps."""
+    from moefuse.arena.cells import read_wishes
+    from moefuse.arena.report import summary
+    from moefuse.arena.run import compare
+
+    first = build(ComputeConfig, values).seed
+    found = compare(
+        checkpoint,
+        out,
+        values,
+        read_wishes(methods, fractions, bits, seeds, first_seed=first, quantise=quantise),
+        held_out=held_out,
+        held_out_tokens=held_out_tokens,
+        part=part,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if json_:
+        _print_json(found.to_json())
+    elif found.missing:
+        typer.echo(f"{found.missing} cells are still to be done by other parts.")
+    else:
+        typer.echo(summary(found.rows))
+        typer.echo(f"Report and plots are in {out}.")
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Argument(help="Directory for checkpoints and report.")],

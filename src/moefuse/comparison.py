@@ -8,7 +8,7 @@ number of a comparison comes from one run.
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moefuse.distillation.loop import distill_layer
 from moefuse.evaluation.rows import TEACHER, Row
 from moefuse.evaluation.run import Quality, evaluate, load_model
 from moefuse.families import Family
+from moefuse.mathematics.experts import ExpertsCall
 from moefuse.pipeline import Job, peak_memory
 
 ONE_SHOT, DISTILLED = "one-shot", "distilled"
@@ -32,34 +33,78 @@ FUSED = "fused"
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What the routed experts of all layers take.
+
+    ``parameters`` they hold, ``active`` of them that one token passes at most, ``bytes`` stored:
+    numbers, codes, scales and index maps.
+    """
+
+    parameters: int
+    active: int
+    bytes: int
+
+    def __add__(self, other: "Footprint") -> "Footprint":
+        """Return what two layers take together."""
+        return Footprint(
+            self.parameters + other.parameters,
+            self.active + other.active,
+            self.bytes + other.bytes,
+        )
+
+
+@dataclass(frozen=True)
 class Contender:
     """One model of a comparison: how it was made and the student module of every MoE layer.
 
-    ``seconds`` is the wall time that making the students took, calibration left out.
+    ``seconds`` is the wall time that making the students took, calibration left out; ``bits`` and
+    ``fraction`` are as in ``Row``.
     """
 
     method: str
     stage: str
-    groups: int
+    groups: int | None
     rank: int | None
     seed: int
     students: dict[int, nn.Module]
     seconds: float
+    footprint: Footprint
+    bits: float | None = None
+    fraction: float | None = None
 
     @property
     def name(self) -> str:
         """A name that no other contender has."""
-        return f"{self.method} {self.groups} {self.stage} seed {self.seed}"
-
-    @property
-    def expert_parameters(self) -> int:
-        """Numbers that the routed experts hold."""
-        return sum(_expert_parameters(student) for student in self.students.values())
+        made = (self.method, self.groups, self.bits, self.fraction, self.stage)
+        return " ".join(str(part) for part in made if part is not None) + f" seed {self.seed}"
 
 
-def _expert_parameters(student: nn.Module) -> int:
-    trained = student.named_parameters()
-    return sum(p.numel() for name, p in trained if ".gate." not in name)
+def routed_part(student: nn.Module) -> nn.Module:
+    """Return the module whose parameters and buffers are all the routed experts'.
+
+    A pruned block holds its router too, which is no part of the experts.
+    """
+    if isinstance(student, KeptExperts):
+        return student.routed.get_submodule(student.experts_name)
+    return student
+
+
+def index_bytes(student: nn.Module) -> int:
+    """Return the bytes of a student's maps of experts, which every stored form needs."""
+    buffers = routed_part(student).buffers()
+    return sum(b.numel() * b.element_size() for b in buffers if not b.is_floating_point())
+
+
+def footprint(student: Any, itemsize: int, top_k: int) -> Footprint:
+    """Return what one layer's student takes, its numbers stored in ``itemsize`` bytes each."""
+    numbers = sum(parameter.numel() for parameter in routed_part(student).parameters())
+    active = student.active_parameters(top_k)
+    return Footprint(numbers, active, numbers * itemsize + index_bytes(student))
+
+
+def total(footprints: Iterable[Footprint]) -> Footprint:
+    """Return what all layers take together."""
+    return sum(footprints, start=Footprint(0, 0, 0))
 
 
 def equal_experts(job: Job) -> int:
@@ -76,10 +121,21 @@ def fused(job: Job, stage: str) -> Contender:
         layer: rounded(job.student(layer, directory, stage), job.stored)
         for layer in job.reader.shape.layers
     }
-    plan = next(iter(job.plan.layers.values()))
+    plan = job.true_plan
+    layer = next(iter(plan.layers.values()))
     made = {job.factors_directory, directory}
-    seconds = sum(artifacts.read_json(p)["seconds"] for d in made for p in d.glob("*.json"))
-    return Contender(FUSED, stage, plan.groups, plan.rank, job.compute.seed, students, seconds)
+    return Contender(
+        FUSED,
+        stage,
+        None if job.uses_neurons else layer.groups,
+        None if job.uses_neurons else layer.rank,
+        job.compute.seed,
+        students,
+        sum(artifacts.read_json(p)["seconds"] for d in made for p in d.glob("*.json")),
+        Footprint(
+            plan.expert_parameters, plan.active_parameters - job.sizes.outside, plan.expert_bytes
+        ),
+    )
 
 
 def rivals(job: Job, name: str, *, distilled: bool) -> list[Contender]:
@@ -88,10 +144,13 @@ def rivals(job: Job, name: str, *, distilled: bool) -> list[Contender]:
     plan = next(iter(job.plan.layers.values()))
     stages = (ONE_SHOT, DISTILLED) if distilled else (ONE_SHOT,)
     students: dict[str, dict[int, nn.Module]] = {stage: {} for stage in stages}
-    seconds = dict.fromkeys(stages, 0.0)
+    seconds, footprints = dict.fromkeys(stages, 0.0), []
     for layer in track(job.reader.shape.layers, f"{name} to {experts} experts"):
         start = time.monotonic()
-        student = compress(job, layer, name, experts)
+        described = describe(job, layer)
+        numbers = described.numbers * experts // job.sizes.shape.experts
+        student = method(name).compress(described, numbers)
+        footprints.append(footprint(student, job.sizes.itemsize, job.sizes.shape.top_k))
         students[ONE_SHOT][layer] = rounded(copy.deepcopy(student), job.stored)
         seconds[ONE_SHOT] += time.monotonic() - start
         if distilled:
@@ -102,25 +161,36 @@ def rivals(job: Job, name: str, *, distilled: bool) -> list[Contender]:
             seconds[DISTILLED] += time.monotonic() - start
     for stage in stages:
         found[stage] = Contender(
-            name, stage, plan.groups, None, job.compute.seed, students[stage], seconds[stage]
+            name,
+            stage,
+            plan.groups,
+            None,
+            job.compute.seed,
+            students[stage],
+            seconds[stage],
+            total(footprints),
         )
     return list(found.values())
 
 
-def compress(job: Job, layer: int, name: str, experts: int) -> nn.Module:
-    """Compress one layer to ``experts`` experts by the rival method ``name``."""
+def describe(job: Job, layer: int, call: ExpertsCall | None = None) -> Layer:
+    """Return what a rival may look at of one layer.
+
+    ``call`` holds the recorded tokens where they are in memory already; they are read otherwise.
+    """
+    tokens = job.factoring.fit_tokens
+    sample = job.store.sample(layer, tokens) if call is None else call.rows(slice(0, tokens))
     with job.teacher.loaded(layer) as module:
         block = copy.deepcopy(module.get_submodule(job.reader.family.moe_name))
-    described = Layer(
+    return Layer(
         job.reader.family,
         job.teacher.config,
         block,
         job.experts(layer),
         job.store.statistics(layer),
-        job.store.sample(layer, job.factoring.fit_tokens).to(job.device),
+        sample.to(job.device),
         job.compute.seed,
     )
-    return method(name).compress(described, described.numbers * experts // job.sizes.shape.experts)
 
 
 def rounded(student: nn.Module, stored: torch.dtype) -> nn.Module:
@@ -146,26 +216,23 @@ def model_with(
 
 def contender_row(job: Job, contender: Contender, quality: Quality) -> Row:
     """Return a contender's row of the report."""
-    itemsize = torch.empty(0, dtype=job.stored).element_size()
-    experts = contender.expert_parameters
-    buffers = sum(_buffer_bytes(student) for student in contender.students.values())
-    row = quality_row(contender.method, quality)
+    taken, sizes = contender.footprint, job.sizes
     return replace(
-        row,
+        quality_row(contender.method, quality),
         groups=contender.groups,
         rank=contender.rank,
+        bits=contender.bits,
+        fraction=contender.fraction,
         seed=contender.seed,
         stage=contender.stage,
-        parameters=job.sizes.outside + experts,
-        expert_bytes=experts * itemsize + buffers,
-        total_bytes=job.sizes.outside_bytes + experts * itemsize + buffers,
+        parameters=sizes.outside + taken.parameters,
+        active_parameters=sizes.outside + taken.active,
+        expert_bytes=taken.bytes,
+        total_bytes=sizes.outside_bytes + taken.bytes,
+        bpw=8 * taken.bytes / sizes.expert_parameters,
         seconds=round(contender.seconds, 2),
         peak_bytes=peak_memory(),
     )
-
-
-def _buffer_bytes(student: nn.Module) -> int:
-    return sum(b.numel() * b.element_size() for b in student.buffers() if not b.is_floating_point())
 
 
 def quality_row(name: str, quality: Quality) -> Row:
@@ -184,12 +251,14 @@ def quality_row(name: str, quality: Quality) -> Row:
 def teacher_row(job: Job, quality: Quality) -> Row:
     """Return the teacher's own row."""
     sizes = job.sizes
-    experts = sizes.expert_parameters * sizes.itemsize
+    shape, experts = sizes.shape, sizes.expert_parameters * sizes.itemsize
     return replace(
         quality_row(TEACHER, quality),
         parameters=sizes.parameters,
+        active_parameters=sizes.outside + sizes.expert_parameters * shape.top_k // shape.experts,
         expert_bytes=experts,
         total_bytes=sizes.outside_bytes + experts,
+        bpw=8.0 * sizes.itemsize,
     )
 
 
@@ -203,8 +272,11 @@ class HeldOut:
     documents: list[int]
 
     @classmethod
-    def read(cls, source: Path, job: Job, tokens: int) -> "HeldOut":
-        """Read at most ``tokens`` tokens of ``source``, cut as the job's calibration text is."""
+    def read(cls, source: str | Path, job: Job, tokens: int) -> "HeldOut":
+        """Read at most ``tokens`` tokens of ``source``, cut as the job's calibration text is.
+
+        Raises ``UserError`` for a text that cannot be read.
+        """
         windows = corpus.tokenize_by_document(
             corpus.load_documents(source),
             job.tokenizer,
@@ -213,7 +285,8 @@ class HeldOut:
         )
         sequences = [window for document in windows for window in document]
         documents = [number for number, document in enumerate(windows) for _ in document]
-        return cls(source.name, sequences, documents)
+        name = Path(source).name if Path(source).exists() else str(source)
+        return cls(name, sequences, documents)
 
     def to_json(self) -> dict[str, Any]:
         """Say which text this is, without where it lies."""
@@ -226,9 +299,21 @@ class HeldOut:
         }
 
 
-def measure_contenders(job: Job, contenders: list[Contender], held_out: HeldOut) -> list[Row]:
-    """Measure the teacher and all contenders in lockstep; the teacher's row comes first."""
-    teacher, _ = load_model(job.reader.directory, dtype="float32", device=job.device)
+def measure_contenders(
+    job: Job,
+    contenders: list[Contender],
+    held_out: HeldOut,
+    *,
+    teacher: PreTrainedModel | None = None,
+    description: str | None = "Evaluate",
+) -> list[Row]:
+    """Measure the teacher and all contenders in lockstep; the teacher's row comes first.
+
+    ``teacher`` is the loaded model, where there is one already; without a ``description`` no
+    progress is shown.
+    """
+    if teacher is None:
+        teacher, _ = load_model(job.reader.directory, dtype="float32", device=job.device)
     family = job.reader.family
     models = {c.name: model_with(teacher, family, c.students) for c in contenders}
     with job.suited_threads():
@@ -239,7 +324,7 @@ def measure_contenders(job: Job, contenders: list[Contender], held_out: HeldOut)
             documents=held_out.documents,
             pad_id=0,
             device=job.device,
-            description="Evaluate",
+            description=description,
         )
     rows = [contender_row(job, contender, found[contender.name]) for contender in contenders]
     return [teacher_row(job, found[TEACHER]), *rows]

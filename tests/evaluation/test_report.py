@@ -29,9 +29,18 @@ def test_the_schema_is_the_contract() -> None:
     assert names == [
         *("method", "groups", "rank", "bits", "seed", "stage", "tokens", "parameters"),
         *("active_parameters", "expert_bytes", "total_bytes", "kl", "cross_entropy"),
-        *("perplexity", "agreement", "seconds", "peak_bytes", "intervals"),
+        *(
+            "perplexity",
+            "agreement",
+            "seconds",
+            "peak_bytes",
+            "intervals",
+            "tasks",
+            "bpw",
+            "fraction",
+        ),
     ]
-    assert set(COLUMNS) == set(names) - {"intervals"}
+    assert set(COLUMNS) == set(names) - {"intervals", "tasks"}
 
 
 def test_one_line_a_size_and_one_column_a_method_and_stage() -> None:
@@ -125,7 +134,7 @@ ROWS = st.builds(
 @given(st.lists(ROWS, max_size=3))
 def test_reports_come_back_as_they_were(rows: list[Row]) -> None:
     text = json.dumps(report.report_json({"command": "x"}, rows), allow_nan=False)
-    assert [report._row(item) for item in json.loads(text)["rows"]] == rows
+    assert [report.row_from_json(item) for item in json.loads(text)["rows"]] == rows
 
 
 def test_a_report_is_three_files(tmp_path: Path) -> None:

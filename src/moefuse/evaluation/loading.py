@@ -23,9 +23,9 @@ from moefuse.checkpoint.headers import (
     read_headers,
 )
 from moefuse.errors import UserError
-from moefuse.families import Family, all_families
+from moefuse.families import Family, MoeShape, all_families
 from moefuse.modeling import FusedExperts, is_fused, load_fused, register_fused
-from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX
+from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX, CodedRows, NeuronExperts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEEDED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken"]
@@ -185,26 +185,43 @@ def expert_bytes(headers: CheckpointHeaders) -> int | None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return how many parameters ``model`` has; shared ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return how many parameters ``model`` has; shared ones count once.
+
+    Where rows are stored as codes the numbers that these stand for count, not the codebook's.
+    """
+    coded = [rows for rows in model.modules() if isinstance(rows, CodedRows)]
+    stored = sum(parameter.numel() for rows in coded for parameter in rows.parameters())
+    plain = sum(parameter.numel() for parameter in model.parameters()) - stored
+    return plain + sum(rows.codes[..., 0].numel() * rows.width for rows in coded)
 
 
 def count_active_parameters(model: nn.Module, headers: CheckpointHeaders) -> int | None:
     """Return how many parameters a token passes at most, or None for an unknown family.
 
     Of E routed experts a token passes K. Of G bases it passes at most min(K, G), fewer where
-    several of its experts share one.
+    several of its experts share one. Of own neurons it passes at most those of the K experts that
+    have most, and all shared ones.
     """
     known = _family(headers)
     if known is None:
         return None
     family, config = known
     shape = family.shape(config)
-    idle = 0.0
+    idle = 0
     for layer in shape.layers:
         experts = model.get_submodule(f"{family.moe_path(layer)}.{family.experts_name}")
-        bases = experts.bases if isinstance(experts, FusedExperts) else nn.ModuleList()
-        shared, all_numbers = count_parameters(bases), count_parameters(experts)
-        idle += (all_numbers - shared) * (1 - shape.top_k / shape.experts)
-        idle += shared * (1 - min(shape.top_k, len(bases)) / len(bases)) if bases else 0
-    return count_parameters(model) - round(idle)
+        idle += count_parameters(experts) - _active_of(experts, shape)
+    return count_parameters(model) - idle
+
+
+def _active_of(experts: nn.Module, shape: MoeShape) -> int:
+    """Return how many of a layer's experts' parameters a token passes at most."""
+    if isinstance(experts, NeuronExperts):
+        own = int(experts.widths.sum(0).sort(descending=True).values[: shape.top_k].sum())
+        shared = 0 if experts.gain is None else count_parameters(experts.gain) // shape.experts
+        return 3 * shape.hidden * (own + shared) + shape.top_k * shared
+    bases = experts.bases if isinstance(experts, FusedExperts) else nn.ModuleList()
+    shared, all_numbers = count_parameters(bases), count_parameters(experts)
+    active = (all_numbers - shared) * shape.top_k / shape.experts
+    active += shared * min(shape.top_k, len(bases)) / len(bases) if bases else 0
+    return round(active)

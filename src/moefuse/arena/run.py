@@ -1,0 +1,205 @@
+"""What ``moefuse compare`` does: every cell once, each kept as a file, and a report of all.
+
+A cell's rows are written when it is done, so that an interrupted comparison goes on where it was
+and several processes, each with its part of the cells, work side by side on one output.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moefuse import artifacts, demo
+from moefuse.arena.bench import LIKE_OURS, Bench, alone
+from moefuse.arena.cells import Cell, Wishes, part_of
+from moefuse.arena.report import Impossible, write_comparison
+from moefuse.arena.students import make_contenders
+from moefuse.baselines import TooSmallError
+from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.comparison import HeldOut, measure_contenders
+from moefuse.console import say, track
+from moefuse.errors import UserError
+from moefuse.evaluation.report import Row, machine_meta, report_json, row_from_json
+from moefuse.evaluation.rows import TEACHER
+from moefuse.pipeline import Job
+from moefuse.places import check_new, check_outside
+
+HELD_OUT_TOKENS = 12_288
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` found: rows, the teacher's first, and cells that could not be made.
+
+    ``missing`` cells are other processes' parts that are not done yet; the report is written once
+    there are none.
+    """
+
+    out: Path
+    meta: dict[str, Any]
+    rows: list[Row]
+    impossible: list[Impossible]
+    missing: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        impossible = [asdict(item) for item in self.impossible]
+        return {**report_json(self.meta, self.rows), "impossible": impossible}
+
+
+def compare(
+    checkpoint: str | Path,
+    out: str | Path,
+    values: Mapping[str, Any],
+    wishes: Wishes,
+    *,
+    held_out: str | None = None,
+    held_out_tokens: int = HELD_OUT_TOKENS,
+    part: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Comparison:
+    """Compare methods on ``checkpoint`` at equal bytes, and write what was found to ``out``.
+
+    ``values`` are settings by name (see ``config``; every method is distilled by what the logits
+    feel unless they say otherwise), ``held_out`` is the text to measure on,
+    ``part`` says which of the cells to do (see ``part_of``). Artifacts lie in ``out/work`` and
+    finished cells in ``out/cells``; the same call after an interruption goes on from the last
+    finished cell. Raises ``UserError`` for bad input before any expensive work starts.
+    """
+    out = Path(out)
+    check_new(out)
+
+    def job_for(more: dict[str, Any]) -> Job:
+        return Job(
+            checkpoint,
+            out / "work",
+            {"loss": "logits", **values, **more},
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+
+    job, cells = job_for(LIKE_OURS), wishes.cells()
+    mine = part_of(cells, part)
+    check_outside(out, job.reader.directory, "output")
+    text = read_held_out(job, held_out, held_out_tokens)
+    board = Board(out / "cells", _settings(job, text, wishes.quantise))
+    todo = [cell for cell in mine if not board.has(cell)]
+    if todo:
+        with alone(job.work / "calibrate.lock"):
+            job.calibrate()
+    bench = Bench(job, job_for, wishes.quantise)
+    for cell in track(todo, "Compare") if todo else ():
+        board.write(cell, measure_cell(bench, cell, text))
+    return _finish(out, board, cells, job, text, wishes)
+
+
+def read_held_out(job: Job, source: str | None, tokens: int) -> HeldOut:
+    """Read the text to measure on; the bundled teacher has one of its own.
+
+    Raises ``UserError`` where another teacher is given none.
+    """
+    _ = job.teacher, job.batches
+    if source is None:
+        bundled = CheckpointReader.open(demo.teacher_path())
+        if bundled.fingerprint() != job.reader.fingerprint():
+            raise UserError(
+                "Say with --held-out what text to measure on: a file, a folder, JSONL with text or "
+                "messages, or a hub data set, none of it in the calibration text."
+            )
+        source = str(demo.heldout_path())
+    if tokens < 2:
+        raise UserError(f"--held-out-tokens is {tokens}; it must be at least 2.")
+    return HeldOut.read(source, job, tokens)
+
+
+def _settings(job: Job, text: HeldOut, quantise: str) -> dict[str, Any]:
+    """Return all that a cell's figures depend on besides the cell."""
+    return {
+        "calibration": job.store.directory.name,
+        "sensitivity_tokens": job.calibration.sensitivity_tokens,
+        "held_out": text.to_json()["fingerprint"],
+        "quantise": quantise,
+        "grouping": asdict(job.grouping),
+        "factoring": asdict(job.factoring),
+        "distillation": asdict(job.distillation),
+    }
+
+
+class Board:
+    """The finished cells: one file each in ``directory``, made with the same ``settings``."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        self.settings = settings
+
+    def path(self, cell: Cell) -> Path:
+        """Return the file of one cell."""
+        return self.directory / f"{cell.name}.json"
+
+    def has(self, cell: Cell) -> bool:
+        """Say whether a cell is done; raises ``UserError`` if it was with other settings."""
+        path = self.path(cell)
+        if not path.exists():
+            return False
+        if artifacts.read_json(path)["settings"] != self.settings:
+            raise UserError(
+                f"{path} was measured with other settings or texts; repeat those or choose "
+                "another output."
+            )
+        return True
+
+    def write(self, cell: Cell, found: dict[str, Any]) -> None:
+        """Keep what was found of a cell."""
+        value = {"cell": asdict(cell), "settings": self.settings, **found}
+        artifacts.write_json(self.path(cell), value)
+
+    def read(self, cell: Cell) -> tuple[list[Row], str | None]:
+        """Return a cell's rows, the teacher's first, and why it is impossible, should it be."""
+        found = artifacts.read_json(self.path(cell))
+        return [row_from_json(item) for item in found["rows"]], found["impossible"]
+
+
+def measure_cell(bench: Bench, cell: Cell, text: HeldOut) -> dict[str, Any]:
+    """Make and measure one cell: its ``rows`` as JSON values, or why it is ``impossible``."""
+    start = time.monotonic()
+    try:
+        contenders = make_contenders(bench, cell)
+    except TooSmallError as error:
+        say(f"{cell.name}: impossible: {error}")
+        return {"impossible": str(error), "rows": []}
+    rows = measure_contenders(bench.job, contenders, text, teacher=bench.teacher, description=None)
+    stages = ", ".join(f"{row.kl:.4f} {row.stage}" for row in rows if row.method != TEACHER)
+    say(f"{cell.name}: KL {stages}, {rows[-1].bpw:.3f} bpw ({time.monotonic() - start:.0f} s)")
+    return {"impossible": None, "rows": report_json({}, rows)["rows"]}
+
+
+def _finish(
+    out: Path, board: Board, cells: Sequence[Cell], job: Job, text: HeldOut, wishes: Wishes
+) -> Comparison:
+    """Gather all cells and, if none is missing, write the report."""
+    done = [cell for cell in cells if board.has(cell)]
+    rows: list[Row] = []
+    impossible: list[Impossible] = []
+    for cell in done:
+        found, reason = board.read(cell)
+        rows += [row for row in found if row.method != TEACHER or not rows]
+        if reason is not None:
+            impossible.append(Impossible(**asdict(cell), reason=reason))
+    meta = machine_meta(
+        "moefuse compare",
+        device=job.device,
+        data=text.to_json(),
+        calibration=asdict(job.calibration),
+        grouping=asdict(job.grouping),
+        factoring=asdict(job.factoring),
+        distillation=asdict(job.distillation),
+        **asdict(wishes),
+    )
+    missing = len(cells) - len(done)
+    comparison = Comparison(out, meta, rows, impossible, missing)
+    if not missing:
+        with alone(job.work / "report.lock"):
+            write_comparison(out, comparison.to_json(), meta, rows, impossible)
+    return comparison
