@@ -9,11 +9,12 @@ from torch import nn
 
 from moefuse.baselines import Layer
 from moefuse.baselines._native import kept_experts
+from moefuse.baselines._routing import routable_within
 
 
 def compress(layer: Layer, numbers: int) -> nn.Module:
     """Keep as many experts as ``numbers`` hold, those of highest score, in their order."""
-    experts = layer.experts_within(numbers)
+    experts = routable_within(layer, numbers)
     score_E = layer.statistics.mean_weighted_norm_E
     kept = score_E.sort(descending=True, stable=True).indices[:experts].sort().values
     return kept_experts(layer, kept)
