@@ -202,7 +202,9 @@ def _stage_command(name: str, stages: tuple[type, ...], help_text: str) -> None:
     app.command(name, help=help_text)(command)
 
 
-_stage_command("calibrate", UP_TO_CALIBRATE, "Keep what every MoE layer receives and returns.")
+# What is asked of the size and the loss decides whether gradients are needed.
+CALIBRATES_FOR = (*UP_TO_CALIBRATE, SizeConfig, DistillConfig)
+_stage_command("calibrate", CALIBRATES_FOR, "Keep what every MoE layer receives and returns.")
 _stage_command("group", UP_TO_GROUP, "Choose which experts share a base.")
 _stage_command("factor", UP_TO_FACTOR, "Split experts into bases and deltas in closed form.")
 _stage_command("distill", UP_TO_DISTILL, "Train every layer's student against the teacher's.")

@@ -121,6 +121,55 @@ def test_importance_is_the_energy_that_a_neuron_adds_to_the_output() -> None:
     assert_close(importance(EXPERTS, CALL), expected_EF)
 
 
+def metric_of(rank: int) -> Tensor:
+    factor_DR = normal(D, rank, seed=20 + rank)
+    return factor_DR @ factor_DR.T
+
+
+@pytest.mark.parametrize("rank", [1, 4, D])
+def test_importance_in_a_metric_counts_what_is_felt_of_a_neuron(rank: int) -> None:
+    """The metric may feel fewer directions than there are."""
+    metric_DD, expected_EF = metric_of(rank), torch.zeros(E, F)
+    for expert in range(E):
+        token_N, weight_N1 = rows_of_expert(CALL, expert)
+        z_NF = neurons(EXPERTS, EXPERTS.gate_up_EFD[expert], CALL.x_TD[token_N]) * weight_N1
+        added_NFD = z_NF.unsqueeze(-1) * EXPERTS.down_EDF[expert].T
+        felt_NF = torch.einsum("nfd,dc,nfc->nf", added_NFD, metric_DD, added_NFD)
+        expected_EF[expert] = felt_NF.sum(0)
+
+    found_EF = importance(EXPERTS, CALL, metric_DD)
+
+    assert (found_EF >= 0).all()
+    assert_close(found_EF, expected_EF)
+
+
+def test_importance_in_the_identity_is_importance_without() -> None:
+    assert torch.equal(importance(EXPERTS, CALL, torch.eye(D)), importance(EXPERTS, CALL))
+
+
+def test_importance_grows_with_the_metric() -> None:
+    assert_close(
+        importance(EXPERTS, CALL, 7 * metric_of(3)), 7 * importance(EXPERTS, CALL, metric_of(3))
+    )
+
+
+def test_what_nothing_feels_is_of_no_importance() -> None:
+    assert not importance(EXPERTS, CALL, torch.zeros(D, D)).any()
+
+
+def test_a_neuron_counts_only_by_its_part_in_directions_that_are_felt() -> None:
+    """The metric feels the first output alone, and one neuron of expert 0 adds nothing there."""
+    metric_DD = torch.zeros(D, D)
+    metric_DD[0, 0] = 1
+    down_EDF = EXPERTS.down_EDF.clone()
+    down_EDF[0, 0, 2] = 0
+
+    found_EF = importance(replace(EXPERTS, down_EDF=down_EDF), CALL, metric_DD)
+
+    assert found_EF[0, 2] == 0
+    assert (found_EF > 0).sum() == E * F - 1
+
+
 def test_a_base_takes_its_members_most_important_neurons() -> None:
     importance_EF = torch.tensor([[1.0, 9.0, 2.0], [8.0, 0.0, 7.0], [50.0, 60.0, 70.0]])
 

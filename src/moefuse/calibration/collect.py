@@ -192,7 +192,7 @@ def _record_layer(
     if statistics.never_routed:
         say(
             f"Layer {passed.layer}: no calibration token chose experts {statistics.never_routed}; "
-            "they follow their group's base."
+            "nothing is known of what they add."
         )
     artifacts.finish_directory(partial, store.layer(passed.layer))
 

@@ -107,7 +107,7 @@ class StreamedTeacher:
         self.dtype = dtype
         model = _without_weights(reader)
         self.config: Any = model.config
-        self.model: nn.Module = model.to(dtype).eval()
+        self.model: nn.Module = model.to(dtype).eval().requires_grad_(False)
         _keep_in_fp32(self.model)
         _check_tensors(self.model, reader)
         self.backbone: nn.Module = model.base_model
@@ -162,32 +162,28 @@ class StreamedTeacher:
 
     @contextmanager
     def head(self) -> Iterator[nn.Module]:
-        """Hold what follows the last layer in memory: (..., D) to logits (..., V)."""
-        norm = self.backbone.norm
+        """Hold what follows the last layer in memory: hidden states (..., D) to logits (..., V)."""
         output = self.model.get_output_embeddings()  # type: ignore[operator]
-        head = nn.Sequential(norm, output)  # type: ignore[arg-type]
-        names = {id(module): name for name, module in self.model.named_modules()}
-        stored = {self.reader.family.module_name(n): n for n in self.reader.outside_names()}
-        for module in head:
-            prefix = names[id(module)]
-            state = {}
-            for name, expected in module.state_dict().items():
-                source = stored.get(f"{prefix}.{name}")
-                # Tied to the embeddings where the checkpoint has none of its own.
-                weight = (
-                    self.model.get_input_embeddings().weight  # type: ignore[operator]
-                    if source is None
-                    else self.reader.read(source)
-                )
-                state[name] = weight.detach().to(self.device, expected.dtype)
-            module.load_state_dict(state, strict=True, assign=True)
-            module.requires_grad_(False)
+        head = nn.Sequential(self.backbone.norm, output)  # type: ignore[arg-type]
         try:
+            for module in head:
+                module.load_state_dict(self._outside_state(module), strict=True, assign=True)
             yield head
         finally:
-            norm.to("meta")  # type: ignore[operator]
-            if not self.config.tie_word_embeddings:
-                output.to("meta")
+            head.to("meta")
+
+    def _outside_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Read a module under no decoder layer; tied embeddings where it is not stored."""
+        family, reader = self.reader.family, self.reader
+        stored = {family.module_name(name): name for name in reader.outside_names()}
+        prefix = next(name for name, found in self.model.named_modules() if found is module)
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        state = {}
+        for name, expected in module.state_dict().items():
+            source = stored.get(f"{prefix}.{name}")
+            weight = embedding.weight if source is None else reader.read(source)
+            state[name] = weight.detach().to(self.device, expected.dtype)
+        return state
 
     def _layer_state(self, layer: int) -> dict[str, Tensor]:
         family = self.reader.family

@@ -48,7 +48,8 @@ def distill_layer(
 
     ``progress`` wraps the steps to show how far they are. ``metric_root_DD`` (D, D) multiplies
     outputs before they are compared: the root of a metric that says which errors count. The student
-    goes back to where it began should the held-back tokens show that it became worse.
+    goes back to where it began should the held-back tokens show that it became worse; one without
+    parameters, of a layer that got no neurons, stays as it is.
     """
     if metric_root_DD is not None:
         call = replace(call, y_TD=call.y_TD.float() @ metric_root_DD)
@@ -61,9 +62,10 @@ def distill_layer(
     before = measure(student, aside, power, options.batch_tokens)
     start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(student, options), betas=(0.9, 0.95), fused=True
-    )
+    groups = _parameter_groups(student, options)
+    if not groups:
+        return DistillResult(before, before, [])
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, options.steps, options.warmup)
     )
@@ -98,7 +100,9 @@ class _Felt(nn.Module):
 def metric_root(metric_DD: Tensor, damping: float) -> Tensor:
     """Return ``R`` (D, D) with ``R R^T`` the metric over its mean eigenvalue, damped.
 
-    ``damping`` is added to every eigenvalue, so that no direction counts for nothing.
+    ``damping`` is added to every eigenvalue, so that no direction counts for nothing. A metric of
+    zeros, of a layer that the logits do not feel, leaves all directions alike. fp32, on the
+    metric's device.
     """
     scaled_DD = metric_DD.double() / metric_DD.double().diagonal().mean().clamp_min(1e-300)
     eye_DD = torch.eye(len(metric_DD), dtype=torch.float64, device=metric_DD.device)
