@@ -358,7 +358,7 @@ def test_plan_refuses_what_fuse_refuses(desk: Desk, flags: tuple[str, ...]) -> N
 def test_no_size_at_all(desk: Desk) -> None:
     command = ("fuse", TEACHER, OUT, *SMALL, "--data", TEXT)
 
-    desk.refused(*command, match="how small the model should be: --groups, --params or --bytes")
+    desk.refused(*command, match="how small the model should be: --groups, --params, --bytes or")
 
 
 @pytest.mark.parametrize(

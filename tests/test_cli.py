@@ -85,7 +85,7 @@ def test_plan_keeps_the_budget(run: Run) -> None:
         (("--params", "45K"), "parameters", 45_000),
         (("--bytes", "200KB"), "bytes", 200_000),
     ):
-        planned = strict(run("plan", TEACHER, *flags, "--json").out)
+        planned = strict(run("plan", TEACHER, *flags, "--form", "low-rank", "--json").out)
         assert planned[measure] <= limit
         layer = planned["layers"]["1"]
         more = ("--groups", str(layer["groups"]), "--rank", str(layer["rank"] + 1))

@@ -52,7 +52,8 @@ def room(run: Run, share: float) -> str:
 def test_a_student_for_a_device(run: Run) -> None:
     vram = room(run, 0.8)
 
-    planned = json.loads(run("plan", TEACHER, "--vram", vram, "--context", "64", "--json").out)
+    wish = ("--form", "low-rank", "--vram", vram, "--context", "64")
+    planned = json.loads(run("plan", TEACHER, *wish, "--json").out)
 
     memory = planned["memory"]
     assert memory.keys() == {"vram", *PARTS, "free"}
@@ -66,6 +67,15 @@ def test_a_student_for_a_device(run: Run) -> None:
     larger = json.loads(run("plan", TEACHER, *more, "--context", "64", "--json").out)["memory"]
     assert (larger["vram"], larger["free"]) == (None, None)
     assert sum(larger[part] for part in PARTS) > int(vram)
+
+
+def test_a_student_of_own_neurons_for_a_device(run: Run) -> None:
+    wish = ("--vram", room(run, 0.8), "--context", "64")
+
+    planned = json.loads(run("plan", TEACHER, *wish, "--json").out)
+
+    assert sum(planned["layers"]["1"]["neurons"].values()) > 0
+    assert 0 <= planned["memory"]["free"] < 0.02 * planned["teacher_bytes"]
 
 
 def test_groups_may_be_given_with_a_device(run: Run) -> None:

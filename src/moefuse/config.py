@@ -71,9 +71,11 @@ class CalibrateConfig:
 
 
 LOSSES = ("auto", "output", "logits")
-BITS = ("auto", "16")
+BITS = ("auto", "1", "2", "4", "16")
 SPREADS = ("model", "layer")
 FORMS = ("auto", "low-rank", "neurons")
+BUDGETS = ("params", "bytes", "expert_bits")
+"""Settings that each say how large the student may be; at most one is given."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class SizeConfig:
     bits: str = setting(
         "auto",
         "Bits that own neurons may have under a budget: auto (1, 2, 3, 4, 8 or 16, as each is "
-        "worth) or 16; --params always takes 16.",
+        "worth), or 1, 2, 4 or 16 alone; --params always takes 16.",
         choices=BITS,
     )
     shared: int | None = setting(
@@ -113,6 +115,31 @@ class SizeConfig:
         "--groups or --rank.",
         choices=FORMS,
     )
+
+    def __post_init__(self) -> None:
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            first, second = (flag_of(name) for name in budgets[:2])
+            raise UserError(f"{first} and {second} both set the budget; give one of them.")
+        of_bases = [name for name in ("groups", "rank") if getattr(self, name) is not None]
+        if self.form == "neurons" and of_bases:
+            raise UserError(
+                f"{flag_of(of_bases[0])} is for shared bases and deltas; leave it out with "
+                "--form neurons."
+            )
+        if self.form != "low-rank" and not of_bases:
+            return
+        of_neurons = [
+            declared.name
+            for declared in dataclasses.fields(self)
+            if declared.name in ("expert_bits", "bits", "shared", "spread")
+            and getattr(self, declared.name) != declared.default
+        ]
+        if of_neurons:
+            other = flag_of(of_bases[0]) if of_bases else "--form low-rank"
+            raise UserError(
+                f"{flag_of(of_neurons[0])} is for own neurons; leave out either it or {other}."
+            )
 
 
 @dataclass(frozen=True)
@@ -153,6 +180,7 @@ class FactorConfig:
     fit_tokens: int = setting(16_384, "Calibration tokens that bases are fitted to.", at_least=1)
     alternations: int = setting(1, "Rounds of refitting base and deltas in turn.", at_least=0)
     align: bool = setting(True, "Match neurons before averaging.")
+    routed_mass: bool = setting(True, "Weigh the members of a mean by their routed mass.")
     damping: float = setting(
         1.0, "Damping of the inputs' second moment: 0 whitens, 1 ignores it.", at_least=0, at_most=1
     )
@@ -206,6 +234,11 @@ class AssembleConfig:
     max_shard: str = setting("4GB", "Largest size of one weight file.")
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: ``--expert-bits`` of ``expert_bits``."""
+    return "--" + name.replace("_", "-")
+
+
 def fields_of(stages: Sequence[type]) -> dict[str, dataclasses.Field]:
     """Return the fields of several stages by name; no two stages share a name."""
     found: dict[str, dataclasses.Field] = {}
@@ -234,7 +267,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 def _checked(declared: dataclasses.Field, value: Any) -> Any:
     """Return the value as the kind it is declared to be; raises ``UserError``."""
-    flag = "--" + declared.name.replace("_", "-")
+    flag = flag_of(declared.name)
     kind = next(kind for kind in _KINDS if kind in (declared.type, *get_args(declared.type)))
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):

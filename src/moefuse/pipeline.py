@@ -128,6 +128,7 @@ class Job:
         self.factoring = build(FactorConfig, values)
         self.distillation = build(DistillConfig, values)
         self.assembling = build(AssembleConfig, values)
+        _check_loss(self.calibration, self.distillation)
         self.max_shard_bytes = parse_bytes(self.assembling.max_shard, "--max-shard")
         self.work = Path(work)
         check_place(self.work)
@@ -275,7 +276,8 @@ class Job:
     @cached_property
     def sensitivity_directory(self) -> Path | None:
         """Where it is kept what the logits feel of each layer; None where nothing asks."""
-        felt = self.uses_neurons or self.distillation.loss == "logits"
+        # A calibration for no size in particular serves all sizes and forms.
+        felt = self.uses_neurons or self.distillation.loss == "logits" or self.size == SizeConfig()
         if not felt or not self.calibration.sensitivity_tokens:
             return None
         settings = [self.store.directory.name, self._sensitivity_batches, self.compute.seed]
@@ -525,6 +527,7 @@ class Job:
         """Remove what earlier runs of this very job left."""
         for directory in (
             self.store.directory,
+            *([self.sensitivity_directory] if self.sensitivity_directory else []),
             self.energies_directory if self.uses_neurons else self.groups_directory,
             self.factors_directory,
             self.distilled_directory,
@@ -580,6 +583,14 @@ class Job:
         paths = {n: directory / f"layer-{n:03d}.{suffix}" for n in self.reader.shape.layers}
         missing = [(layer, path) for layer, path in paths.items() if not path.exists()]
         yield from track(missing, description) if description and missing else missing
+
+
+def _check_loss(calibration: CalibrateConfig, distillation: DistillConfig) -> None:
+    if distillation.loss == "logits" and not calibration.sensitivity_tokens:
+        raise UserError(
+            "--loss logits needs what --sensitivity-tokens 0 leaves out; give more tokens or "
+            "choose --loss output."
+        )
 
 
 def _missing(stage: str, work: Path) -> UserError:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from moefuse.checkpoint.headers import CheckpointHeaders, read_headers
 from moefuse.config import (
+    BUDGETS,
     CalibrateConfig,
     ComputeConfig,
     DistillConfig,
@@ -16,6 +17,7 @@ from moefuse.config import (
     MemoryConfig,
     SizeConfig,
     build,
+    flag_of,
     parse_bytes,
 )
 from moefuse.devices import choose_device, choose_dtype, stored_dtype
@@ -29,7 +31,7 @@ from moefuse.fusion.memory import (
     fit_to_memory,
     memory_of,
     running_needs,
-    smallest_plan,
+    smallest_bytes,
     teacher_bytes,
 )
 from moefuse.fusion.plan import (
@@ -40,7 +42,7 @@ from moefuse.fusion.plan import (
     make_plan,
     matrix_rate,
 )
-from moefuse.sizes import Plan
+from moefuse.sizes import LayerPlan, Plan
 
 COMMON_VRAM = (8, 12, 16, 24, 48, 80)
 """Sizes of common graphics cards, in GB."""
@@ -138,7 +140,7 @@ def plan_checkpoint(
 
 def asks_for_common_sizes(values: Mapping[str, Any]) -> bool:
     """Tell whether settings by name give a context, but neither a size nor a device."""
-    sized = ("groups", "rank", "params", "bytes", "vram")
+    sized = ("groups", "rank", *BUDGETS, "vram")
     return values.get("context") is not None and all(values.get(name) is None for name in sized)
 
 
@@ -156,17 +158,16 @@ def plan_common_sizes(
     serving = _serving(headers, family, values)
     assert serving is not None
     needs = running_needs(headers.config, family, serving)
-    factor = build(FactorConfig, values)
-    fits = (_fit(teacher, size * 10**9, needs, factor) for size in COMMON_VRAM)
+    size, factor = build(SizeConfig, values), build(FactorConfig, values)
+    fits = (_fit(teacher, vram * 10**9, needs, size, factor) for vram in COMMON_VRAM)
     return CommonSizes(str(checkpoint), serving, tuple(fits))
 
 
-def _fit(teacher: Teacher, vram: int, needs: Needs, factor: FactorConfig) -> Fit:
-    smallest = smallest_plan(teacher, SizeConfig(), factor)
-    least = min(smallest.bytes, teacher_bytes(teacher))
+def _fit(teacher: Teacher, vram: int, needs: Needs, size: SizeConfig, factor: FactorConfig) -> Fit:
+    least = min(smallest_bytes(teacher, size, factor), teacher_bytes(teacher))
     if least + needs.total > vram:
         return Fit("nothing", None, memory_of(least, needs, vram))
-    plan = fit_to_memory(teacher, vram, needs, SizeConfig(), factor)
+    plan = fit_to_memory(teacher, vram, needs, size, factor)
     if plan is None:
         return Fit("teacher", None, memory_of(teacher_bytes(teacher), needs, vram))
     return Fit("student", plan, memory_of(plan.bytes, needs, vram))
@@ -199,9 +200,9 @@ def _vram(wish: MemoryConfig, size: SizeConfig) -> int | None:
     """Return the device's bytes, or None; raises ``UserError`` beside another wish for a size."""
     if wish.vram is None:
         return None
-    for name in ("params", "bytes"):
+    for name in BUDGETS:
         if getattr(size, name) is not None:
-            raise UserError(f"--vram and --{name} both set the budget; give one of them.")
+            raise UserError(f"--vram and {flag_of(name)} both set the budget; give one of them.")
     if size.groups is not None and size.rank is not None:
         raise UserError(
             "--groups and --rank together fix the size and leave --vram nothing to choose; leave "
@@ -275,9 +276,7 @@ def _fit_cells(fit: Fit) -> tuple[str, ...]:
     taken = _bytes(memory.weights), _bytes(memory.free)
     if fit.plan is None:
         return device, "the teacher as it is", "", *taken
-    (groups, rank), *others = _runs(fit.plan)
-    assert not others
-    runs = f"{groups} fused experts, deltas of rank {rank}"
+    (runs,) = _runs(fit.plan)
     return device, runs, _count(fit.plan.parameters), *taken
 
 
@@ -318,20 +317,30 @@ def _table(title: str) -> Table:
 
 
 def _add_layers(table: Table, plan: Plan) -> None:
-    for (groups, rank), layers in _runs(plan).items():
-        table.add_row(f"layers {layers}", f"{groups} fused experts, deltas of rank {rank}")
+    for told, layers in _runs(plan).items():
+        table.add_row(f"layers {layers}", told)
     table.add_row("parameters", f"{_count(plan.parameters)} of {_count(plan.teacher_parameters)}")
     table.add_row("active per token, at most", _count(plan.active_parameters))
     table.add_row("bytes", f"{_bytes(plan.bytes)} of {_bytes(plan.teacher_bytes)}")
     table.add_row("bytes of the fused experts", _bytes(plan.expert_bytes))
 
 
-def _runs(plan: Plan) -> dict[tuple[int, int], str]:
-    """Say which layers have which groups and rank, as ranges: ``1-26``."""
-    found: dict[tuple[int, int], list[int]] = {}
+def _runs(plan: Plan) -> dict[str, str]:
+    """Say which layers become what, the layers as ranges: ``1-26``."""
+    found: dict[str, list[int]] = {}
     for layer, chosen in plan.layers.items():
-        found.setdefault((chosen.groups, chosen.rank), []).append(layer)
-    return {key: _ranges(layers) for key, layers in found.items()}
+        found.setdefault(_layer_words(chosen), []).append(layer)
+    return {told: _ranges(layers) for told, layers in found.items()}
+
+
+def _layer_words(layer: LayerPlan) -> str:
+    if layer.neurons is None:
+        return f"{layer.groups} fused experts, deltas of rank {layer.rank}"
+    own = ", ".join(
+        f"{count:,} at {bits} bit{'' if bits == '1' else 's'}"
+        for bits, count in layer.neurons.items()
+    )
+    return f"own neurons: {own or 'none'}" + (f"; {layer.shared:,} shared" * (layer.shared > 0))
 
 
 def _ranges(layers: list[int]) -> str:

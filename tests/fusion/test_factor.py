@@ -291,3 +291,18 @@ def test_factoring_twice_gives_the_same_bits() -> None:
 
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_routed_mass_every_member_weighs_alike() -> None:
+    gate_up_EFD, down_EDF = normal(E, 2 * F, D, seed=1), normal(E, D, F, seed=2)
+    alone = {"align": False, "routed_mass": False}
+
+    state = factor(gate_up_EFD, down_EDF, 0, **alone)
+
+    for group in range(3):
+        members = [expert for expert, own in enumerate(GROUPS.tolist()) if own == group]
+        base = state[f"bases.{group}.gate_up_proj.weight"]
+        assert_close(base, gate_up_EFD[members].mean(0))
+        assert_close(state[f"bases.{group}.down_proj.weight"], down_EDF[members].mean(0))
+    weighed = factor(gate_up_EFD, down_EDF, 0, align=False)["bases.1.gate_up_proj.weight"]
+    assert not torch.allclose(weighed, state["bases.1.gate_up_proj.weight"])

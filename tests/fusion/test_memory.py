@@ -21,7 +21,7 @@ from moefuse.fusion.memory import (
     fit_to_memory,
     memory_of,
     running_needs,
-    smallest_plan,
+    smallest_bytes,
     teacher_bytes,
 )
 from moefuse.fusion.plan import Teacher, make_plan
@@ -289,18 +289,19 @@ def fit(vram: int, **size: Any) -> Any:
 
 
 @given(
-    st.integers(20_000, 36_000), st.sampled_from([{}, {"groups": 2}, {"groups": 5}, {"rank": 3}])
+    st.integers(20_000, 36_000),
+    st.sampled_from([{}, {"groups": 2}, {"groups": 5}, {"rank": 3}, {"form": "low-rank"}]),
 )
 @settings(max_examples=40, deadline=None)
 def test_a_student_fits_its_device_and_is_what_the_planner_makes_of_the_rest(
-    vram: int, size: dict[str, int]
+    vram: int, size: dict[str, Any]
 ) -> None:
     room = vram - NEEDS.total
-    least = smallest_plan(TEACHER, SizeConfig(**size), PLAIN)
+    least = smallest_bytes(TEACHER, SizeConfig(**size), PLAIN)
     if teacher_bytes(TEACHER) <= room:
         assert fit(vram, **size) is None
         return
-    if least.bytes > room:
+    if least > room:
         with pytest.raises(UserError, match="are needed at least"):
             fit(vram, **size)
         return
@@ -321,13 +322,17 @@ def test_the_teacher_is_left_alone_as_soon_as_it_fits() -> None:
     assert fit(enough - 1).bytes <= teacher_bytes(TEACHER) - 1
 
 
-def test_the_least_memory_is_enough_and_one_byte_less_is_told() -> None:
-    least = smallest_plan(TEACHER, SizeConfig(), PLAIN).bytes + NEEDS.total
-    layer = fit(least).layers[1]
+@pytest.mark.parametrize("form", ["low-rank", "neurons"])
+def test_the_least_memory_is_enough_and_one_byte_less_is_told(form: str) -> None:
+    least = smallest_bytes(TEACHER, SizeConfig(form=form), PLAIN) + NEEDS.total
+    layer = fit(least, form=form).layers[1]
 
-    assert (layer.groups, layer.rank) == (1, 0)
+    if form == "low-rank":
+        assert (layer.groups, layer.rank) == (1, 0)
+    else:
+        assert sum(layer.neurons.values()) >= 1
     with pytest.raises(UserError) as error:
-        fit(least - 1)
+        fit(least - 1, form=form)
     told = str(error.value)
     assert told.endswith(".") and "\n" not in told
     for part in ("outside the routed experts", "key-value cache", "activations", "runtime"):

@@ -90,6 +90,8 @@ def lite() -> Teacher:
 
 
 def planned(teacher: Teacher = SMALL, factor: FactorConfig | None = None, **size: Any) -> Plan:
+    """Plan bases and deltas, which a budget alone would not choose."""
+    size = {"form": "low-rank", **size}
     return make_plan(teacher, build(SizeConfig, size), factor or FactorConfig())
 
 
@@ -151,7 +153,11 @@ def test_a_scale_per_neuron_costs_two_numbers_for_every_neuron_of_every_expert()
     ("model_type", "dtype"), [("deepseek_v2", "float32"), ("mixtral", "bfloat16")]
 )
 @pytest.mark.parametrize(
-    "wish", [{"groups": 3, "rank": 2, "scale": True, "bias": True}, {"params": "40K"}]
+    "wish",
+    [
+        {"groups": 3, "rank": 2, "scale": True, "bias": True},
+        {"params": "40K", "form": "low-rank"},
+    ],
 )
 def test_a_student_on_disk_has_the_planned_size(
     model_type: str, dtype: str, wish: dict[str, Any], tmp_path: Path
@@ -257,7 +263,8 @@ def test_the_wishes_of_the_reference_card_are_met(params: str, size: str) -> Non
         ({"groups": 9}, r"--groups is 9, but a layer has only 8 experts"),
         ({"groups": 2, "rank": 13}, r"--rank is 13, .* rank above 12 "),
         ({"params": "1M", "bytes": "1MB"}, r"--params and --bytes both set the budget"),
-        ({}, r"Say how small the model should be: --groups, --params or --bytes"),
+        ({}, r"Say how small the model should be: --groups, --params, --bytes or --expert-bits"),
+        ({"expert_bits": 2.0}, r"--expert-bits is for own neurons; leave out either it or --form"),
         ({"rank": 2}, r"Say how small the model should be"),
         ({"params": "four"}, r"--params is 'four', which is not a number of parameters"),
         ({"bytes": "-6GB"}, r"--bytes is '-6GB', which is not a size"),

@@ -1,5 +1,8 @@
 """The model card that every written checkpoint carries."""
 
+from collections import Counter
+from textwrap import fill
+
 from moefuse.sizes import Plan
 
 CARD = """\
@@ -10,8 +13,7 @@ tags: [moe, moefuse, compression]
 ---
 # {name}
 
-{teacher} with the {experts} routed experts of each layer fused into {groups} shared base experts
-plus one delta of rank {rank} per original expert, by moefuse. The router is the original's.
+{made} The router is the original's.
 
 | | original | this model |
 |---|---|---|
@@ -42,16 +44,34 @@ original's licence and limits apply.
 
 def model_card(name: str, teacher: str, plan: Plan, experts: int, errors: list[float]) -> str:
     """Return the card's text; ``errors`` are the layers' relative errors, empty when unknown."""
-    layer = next(iter(plan.layers.values()))
     return CARD.format(
         name=name,
         teacher=teacher,
-        experts=experts,
-        groups=layer.groups,
-        rank=layer.rank,
+        made=fill(_made(teacher, plan, experts), 100, break_on_hyphens=False),
         parameters=plan.parameters / 1e6,
         bytes=plan.bytes / 1e6,
         teacher_parameters=plan.teacher_parameters / 1e6,
         teacher_bytes=plan.teacher_bytes / 1e6,
         error=f"{sum(errors) / len(errors):.3f}" if errors else "not measured",
+    )
+
+
+def _made(teacher: str, plan: Plan, experts: int) -> str:
+    """Say in one sentence what became of the routed experts."""
+    layers = list(plan.layers.values())
+    start = f"{teacher} with the {experts} routed experts of each layer"
+    if layers[0].neurons is None:
+        return (
+            f"{start} fused into {layers[0].groups} shared base experts plus one delta of rank "
+            f"{layers[0].rank} per original expert, by moefuse."
+        )
+    own = Counter[str]()
+    for layer in layers:
+        own.update(layer.neurons)
+    bits = ", ".join(f"{own[width]:,} at {width}" for width in sorted(own, key=int))
+    shared = max(layer.shared for layer in layers)
+    less = f" and at most {shared:,} a layer that its experts share" if shared else ""
+    return (
+        f"{start} reduced by moefuse to {own.total():,} neurons of their own (by bits of a "
+        f"number: {bits}){less}."
     )

@@ -2,12 +2,13 @@
 
 Every MoE layer adds its output to the residual stream, so a neuron counts by the energy that it
 adds there, ``sum over its tokens of (w z)^2 |d|^2``, compared over all layers of the model and not
-within one. Storing a neuron at b bits loses a share ``LOSS[b]`` of its energy; the choice that
-loses least in all for the bytes is, for some price of a bit, every neuron's own best choice
-(Lagrange multipliers; Shoham and Gersho, "Efficient bit allocation for an arbitrary set of
-quantizers", 1988).
+within one. Storing a neuron at b bits loses a share ``LOSS[b]`` of its energy. Of every neuron the
+next bits are worth ``energy times the loss they spare, per byte``; taking the most worthy first,
+until the bytes are spent, loses least in all (Shoham and Gersho, "Efficient bit allocation for an
+arbitrary set of quantizers", 1988), because what more bits spare only ever becomes less.
 
-Shape suffixes: E experts, F neurons of an expert, N neurons of the whole model, C choices.
+Shape suffixes: E experts, F neurons of an expert, N neurons of the whole model, C choices, U
+upgrades from one choice to the next.
 """
 
 from collections.abc import Mapping
@@ -15,41 +16,52 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moefuse.modeling.modeling_moefuse import CODED
+
 LOSS = {"0": 1.0, "1": 0.43, "2": 0.13, "3": 0.06, "4": 0.03, "8": 0.001, "16": 0.0}
 """Share of a neuron's energy that is lost by number of bits, after distillation; measured on the
 bundled teacher (docs/research.md)."""
 LOW_BITS = ("0", "1", "2", "3", "4", "8", "16")
 FULL = ("0", "16")
-SCALE_BITS = 16
-STEPS = 100
 
 
-def bits_per_neuron(hidden: int, bits: str) -> float:
-    """Return what a neuron (gate, up and down, ``hidden`` numbers each) takes, its scales too."""
+def neuron_bytes(hidden: int, bits: str, itemsize: int) -> int:
+    """Return what a neuron takes: rows of gate, up and down, ``hidden`` numbers each, and scales.
+
+    ``itemsize`` is the bytes of one number in the checkpoint's dtype, which "16" stands for.
+    """
     if bits == "0":
-        return 0.0
-    return 3 * hidden * float(bits) + (0 if bits == "16" else 3 * SCALE_BITS)
+        return 0
+    if bits == "16":
+        return 3 * hidden * itemsize
+    vector, code_bits = CODED[bits]
+    codes = -(-hidden // vector)
+    return 3 * (-(-codes * code_bits // 8) + itemsize)
 
 
 def allocate(
-    energies: Mapping[int, Tensor], hidden: int, budget_bits: float, choices: tuple[str, ...]
+    energies: Mapping[int, Tensor],
+    hidden: int,
+    budget: int,
+    choices: tuple[str, ...],
+    itemsize: int,
 ) -> dict[int, Tensor]:
     """Choose every neuron's bits: (E, F) numbers of a choice in ``choices``, by layer.
 
     ``energies`` holds each layer's (E, F) energies, comparable over layers; all neurons together
-    take at most ``budget_bits``. Neurons of equal worth are taken in their order, so that the
-    budget is used to the last neuron that fits.
+    take at most ``budget`` bytes. Of equal worth the first neurons come first. Neurons of no energy
+    (those of experts that no token chose) come last, all to the same bits as far as bytes reach.
     """
     energy_N = torch.cat([energy.flatten() for energy in energies.values()]).double().cpu()
-    cost_C = torch.tensor([bits_per_neuron(hidden, bits) for bits in choices], dtype=torch.float64)
+    cost_C = torch.tensor([neuron_bytes(hidden, bits, itemsize) for bits in choices])
+    stairs_U = _stairs(cost_C.tolist(), [LOSS[bits] for bits in choices])
+    step_U = cost_C[stairs_U].diff()
     loss_C = torch.tensor([LOSS[bits] for bits in choices], dtype=torch.float64)
-    low, high = 0.0, float(energy_N.max()) / float(cost_C[cost_C > 0].min()) + 1e-300
-    for _ in range(STEPS):
-        price = (low + high) / 2
-        spent = float(cost_C[_best(energy_N, cost_C, loss_C, price)].sum())
-        low, high = (price, high) if spent > budget_bits else (low, price)
-    choice_N = _best(energy_N, cost_C, loss_C, high)
-    _fill(choice_N, _best(energy_N, cost_C, loss_C, low), cost_C, budget_bits)
+    worth_UN = (-loss_C[stairs_U].diff() / step_U).unsqueeze(-1) * energy_N
+    order = worth_UN.flatten().sort(descending=True, stable=True).indices
+    spent = step_U.repeat_interleave(len(energy_N))[order].cumsum(0)
+    taken = order[: int((spent <= budget).sum())]
+    choice_N = stairs_U[torch.bincount(taken % len(energy_N), minlength=len(energy_N))]
     parts = choice_N.split([energy.numel() for energy in energies.values()])
     return {
         layer: part.view_as(energy).to(energy.device)
@@ -57,33 +69,41 @@ def allocate(
     }
 
 
-def _best(energy_N: Tensor, cost_C: Tensor, loss_C: Tensor, price: float) -> Tensor:
-    """Return every neuron's best choice at a price of a bit, (N,); the cheapest of equals."""
-    best_N = energy_N * loss_C[0] + price * cost_C[0]
-    choice_N = torch.zeros(len(energy_N), dtype=torch.long)
-    for choice in range(1, len(cost_C)):
-        value_N = energy_N * loss_C[choice] + price * cost_C[choice]
-        better_N = value_N < best_N
-        choice_N[better_N], best_N = choice, torch.where(better_N, value_N, best_N)
-    return choice_N
+def _stairs(cost: list[int], loss: list[float]) -> Tensor:
+    """Return the choices on the lower convex hull of cost and loss, from nothing to the best.
+
+    A choice above the line between two others is never worth its bytes.
+    """
+    stairs = [0]
+    for choice in sorted(range(1, len(cost)), key=cost.__getitem__):
+        if loss[choice] >= loss[stairs[-1]]:
+            continue
+        while len(stairs) > 1 and _slope(cost, loss, *stairs[-2:]) <= _slope(
+            cost, loss, stairs[-1], choice
+        ):
+            stairs.pop()
+        stairs.append(choice)
+    return torch.tensor(stairs)
 
 
-def _fill(choice_N: Tensor, richer_N: Tensor, cost_C: Tensor, budget_bits: float) -> None:
-    """Spend what is left on neurons that a slightly lower price would give more, in their order."""
-    differing_M = (choice_N != richer_N).nonzero().flatten()
-    extra_M = (cost_C[richer_N[differing_M]] - cost_C[choice_N[differing_M]]).cumsum(0)
-    room = budget_bits - float(cost_C[choice_N].sum())
-    taken_M = differing_M[extra_M <= room]
-    choice_N[taken_M] = richer_N[taken_M]
+def _slope(cost: list[int], loss: list[float], low: int, high: int) -> float:
+    if cost[high] == cost[low]:
+        return float("inf")
+    return (loss[low] - loss[high]) / (cost[high] - cost[low])
 
 
 def predicted_loss(
     energies: Mapping[int, Tensor], chosen: Mapping[int, Tensor], choices: tuple[str, ...]
 ) -> float:
-    """Return the share of the routed experts' energy that is lost, 0 to 1."""
+    """Return the share of the routed experts' energy that is lost, 0 to 1.
+
+    Where there is no energy, the share of neurons counts, as if all were of the same energy.
+    """
     loss_C = torch.tensor([LOSS[bits] for bits in choices], dtype=torch.float64)
-    lost = sum(
-        float((loss_C[chosen[layer].cpu()] * energy.double().cpu()).sum())
-        for layer, energy in energies.items()
-    )
-    return lost / max(sum(float(energy.double().sum()) for energy in energies.values()), 1e-300)
+    total = sum(float(energy.double().sum()) for energy in energies.values())
+    lost, power = 0.0, 0.0
+    for layer, energy_EF in energies.items():
+        weight_EF = (energy_EF if total else torch.ones_like(energy_EF)).double().cpu()
+        lost += float((loss_C[chosen[layer].cpu()] * weight_EF).sum())
+        power += float(weight_EF.sum())
+    return lost / power

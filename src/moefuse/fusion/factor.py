@@ -97,6 +97,8 @@ def factor_layer(
         state["scale"] = torch.ones(experts, double_intermediate, **zeros)
     if options.bias:
         state["bias"] = torch.zeros(experts, double_intermediate, **zeros)
+    if not options.routed_mass:
+        mass_E = torch.ones_like(mass_E)
     floor = MASS_FLOOR * float(mass_E.mean()) or 1.0
     for group in range(int(group_of_expert.max()) + 1):
         members = (group_of_expert == group).nonzero().flatten()

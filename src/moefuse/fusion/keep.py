@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moefuse.fusion.neurons import fit_gains, neurons, rows_of_expert
 from moefuse.mathematics.experts import Experts, ExpertsCall
-from moefuse.modeling.modeling_moefuse import CodedRows, NeuronExperts
+from moefuse.modeling.modeling_moefuse import CodedRows, NeuronExperts, by_bits
 from moefuse.modeling.training import TrainedNeuronExperts, encode
 from moefuse.sizes import LayerPlan, make_neuron_experts
 
@@ -62,7 +62,7 @@ def keep(
     module = module.to(energy_EF.device)
     rows_PND = layer_neurons(experts)
     latents: dict[str, Tensor] = {}
-    for number, bits in enumerate(plan.neurons or {}):
+    for number, bits in enumerate(by_bits(plan.neurons or {})):
         mine_EF = bits_EF == choices.index(bits)
         module.widths[number] = mine_EF.sum(1)
         values_POD = rows_PND[:, mine_EF.flatten().nonzero().flatten()]

@@ -32,6 +32,7 @@ from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape
 from moefuse.families.base import AttentionShape, require
 from moefuse.fusion.plan import Teacher, make_plan
+from moefuse.fusion.plan_neurons import least_bytes, uses_neurons
 from moefuse.sizes import Plan
 
 PREFILL_TOKENS = 2048
@@ -195,22 +196,27 @@ def fit_to_memory(
 ) -> Plan | None:
     """Plan the largest student that runs on a device of ``vram`` bytes beside its ``needs``.
 
-    ``size`` may fix the groups or the rank. Returns None where the unfused teacher fits as it is.
-    Raises ``UserError`` where not even the smallest student does.
+    ``size`` may fix the groups or the rank, but is no budget itself. Returns None where the unfused
+    teacher fits as it is. Raises ``UserError`` where not even the smallest student does.
     """
     room = vram - needs.total
-    smallest = smallest_plan(teacher, size, factor)
+    least = smallest_bytes(teacher, size, factor)
     if teacher_bytes(teacher) <= room:
         return None
-    if smallest.bytes > room:
-        raise UserError(_too_small(teacher, smallest, vram, needs))
-    return make_plan(teacher, replace(size, params=None, bytes=str(room)), factor)
+    if least > room:
+        raise UserError(_too_small(teacher, least, vram, needs))
+    return make_plan(teacher, replace(size, bytes=str(room)), factor)
 
 
-def smallest_plan(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Plan:
-    """Plan the smallest student: one group and rank 0, where ``size`` does not say otherwise."""
-    least = replace(size, groups=size.groups or 1, rank=size.rank or 0, params=None, bytes=None)
-    return make_plan(teacher, least, factor)
+def smallest_bytes(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> int:
+    """Return the bytes within which some student fits, as far as ``size`` leaves the choice.
+
+    The smallest has the fewest own neurons, or one group and rank 0.
+    """
+    if uses_neurons(replace(size, bytes="1")):
+        return teacher.outside_bytes + least_bytes(teacher.shape, size, teacher.itemsize)
+    least = replace(size, groups=size.groups or 1, rank=size.rank or 0)
+    return make_plan(teacher, least, factor).bytes
 
 
 def teacher_bytes(teacher: Teacher) -> int:
@@ -218,17 +224,17 @@ def teacher_bytes(teacher: Teacher) -> int:
     return teacher.outside_bytes + teacher.expert_parameters * teacher.itemsize
 
 
-def _too_small(teacher: Teacher, smallest: Plan, vram: int, needs: Needs) -> str:
+def _too_small(teacher: Teacher, smallest: int, vram: int, needs: Needs) -> str:
     parts = {
         "weights outside the routed experts take": teacher.outside_bytes,
-        "the smallest fused experts": smallest.bytes - teacher.outside_bytes,
+        "the smallest fused experts": smallest - teacher.outside_bytes,
         "the key-value cache": needs.cache,
         "activations": needs.activations,
         "the runtime": needs.runtime,
     }
     told = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items())
     return (
-        f"--vram is {_gigabytes(vram)}, but {_gigabytes(smallest.bytes + needs.total)} are needed "
+        f"--vram is {_gigabytes(vram)}, but {_gigabytes(smallest + needs.total)} are needed "
         f"at least: {told}; take a larger device, a shorter --context or a smaller --batch."
     )
 

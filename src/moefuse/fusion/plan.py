@@ -13,21 +13,18 @@ import torch
 
 from moefuse.checkpoint.headers import TensorInfo
 from moefuse.config import (
+    BUDGETS,
     CalibrateConfig,
     DistillConfig,
     FactorConfig,
     SizeConfig,
+    flag_of,
     parse_bytes,
     parse_count,
 )
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape
-from moefuse.fusion.plan_neurons import (
-    LEAST_BITS,
-    forecast,
-    shape_overhead,
-    uses_neurons,
-)
+from moefuse.fusion.plan_neurons import forecast, least_bytes, most_bytes, uses_neurons
 from moefuse.sizes import (
     LayerPlan,
     Plan,
@@ -125,28 +122,24 @@ def make_plan(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Plan:
 
 def expert_budget(teacher: Teacher, size: SizeConfig) -> int:
     """Return the bytes that all routed experts may take; raises ``UserError``."""
-    given = [name for name in ("params", "bytes", "expert_bits") if getattr(size, name) is not None]
+    given = [name for name in BUDGETS if getattr(size, name) is not None]
     if not given:
         raise UserError("--form neurons needs a budget: give --params, --bytes or --expert-bits.")
-    if len(given) > 1:
-        first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
-        raise UserError(f"{first} and {second} both set the budget; give one of them.")
-    numbers = teacher.expert_parameters
     if size.params is not None:
         budget = (parse_count(size.params, "--params") - teacher.outside) * teacher.itemsize
     elif size.bytes is not None:
         budget = parse_bytes(size.bytes, "--bytes") - teacher.outside_bytes
     else:
-        budget = int(numbers * (size.expert_bits or 0) / 8)
-    if budget * 8 < LEAST_BITS * numbers:
-        flag = f"--{given[0].replace('_', '-')}"
-        least = int(LEAST_BITS * numbers / 8)
+        budget = int(teacher.expert_parameters * (size.expert_bits or 0) / 8)
+    least = least_bytes(teacher.shape, size, teacher.itemsize)
+    if budget < least:
         raise UserError(
-            f"{flag} {getattr(size, given[0])} is too small: {teacher.outside / 1e9:.3f} B "
-            f"parameters ({teacher.outside_bytes / 1e9:.3f} GB) are outside the routed experts and "
-            f"cannot shrink, and the experts need {least / 1e9:.3f} GB at least."
+            f"{flag_of(given[0])} {getattr(size, given[0])} is too small: "
+            f"{teacher.outside / 1e9:.3f} B parameters ({teacher.outside_bytes / 1e9:.3f} GB) are "
+            "outside the routed experts and cannot shrink, and the experts need "
+            f"{least / 1e9:.3f} GB at least."
         )
-    return min(budget, numbers * teacher.itemsize + shape_overhead(teacher.shape))
+    return min(budget, most_bytes(teacher.shape, teacher.itemsize))
 
 
 def counted(teacher: Teacher, layers: dict[int, LayerPlan]) -> Plan:
@@ -186,7 +179,9 @@ def _choose(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Choice:
     limit = _limit(size)
     if limit is None:
         if size.groups is None:
-            raise UserError("Say how small the model should be: --groups, --params or --bytes.")
+            raise UserError(
+                "Say how small the model should be: --groups, --params, --bytes or --expert-bits."
+            )
         rank = default_rank(teacher.shape) if size.rank is None else size.rank
         return size.groups, rank
     return _fit(teacher, size, factor, limit)
@@ -198,8 +193,6 @@ def default_rank(shape: MoeShape) -> int:
 
 
 def _limit(size: SizeConfig) -> "_Budget | None":
-    if size.params is not None and size.bytes is not None:
-        raise UserError("--params and --bytes both set the budget; give one of them.")
     if size.params is not None:
         amount = parse_count(size.params, "--params")
         return _Budget("--params", size.params, amount, lambda plan: plan.parameters)

@@ -4,59 +4,75 @@ Before calibration the plan is a forecast with typical energies; after it, ``set
 the energies that were measured, over all layers at once, and counts true bytes on the modules.
 """
 
-import math
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import replace
-from statistics import NormalDist
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moefuse.config import SizeConfig
+from moefuse.errors import UserError
 from moefuse.families import MoeShape
-from moefuse.fusion.allocate import FULL, LOW_BITS, allocate
+from moefuse.fusion.allocate import FULL, LOW_BITS, allocate, predicted_loss
 from moefuse.sizes import LayerPlan, layer_bytes
 
 LEAST_BITS = 0.05
 """Bits per number of the teacher's experts below which a budget is refused."""
 SHARED_BELOW_BITS = 0.75
 """Budget, in bits per number, below which low-bit students have shared neurons: they won there."""
+SHARED_SHARE = 0.5
+"""Most of the budget that shared neurons take."""
 SHARED_BITS, GAIN_BITS = "2", "4"
+CODEBOOK_SHARE = 0.01
+"""Share of the budget below which codebooks are too small to choose bit widths by."""
 ENERGY_SPREAD = 1.6
 """Standard deviation of the logarithm of neurons' energies; about what trained teachers show."""
-TYPICAL_NEURONS = 4096
+WIDTH_BYTES = 4
+
+Settled = tuple[dict[int, Tensor], dict[int, LayerPlan]]
 
 
 def uses_neurons(size: SizeConfig) -> bool:
     """Say whether experts become own neurons; see ``SizeConfig.form``."""
     if size.form != "auto":
         return size.form == "neurons"
-    budget = size.params or size.bytes or size.expert_bits
-    return bool(budget) and size.groups is None and size.rank is None
+    wishes = (size.params, size.bytes, size.expert_bits)
+    has_budget = any(wish is not None for wish in wishes)
+    return has_budget and size.groups is None and size.rank is None
 
 
 def choices_of(size: SizeConfig) -> tuple[str, ...]:
     """Return the bits that a neuron may have, none ("0") first."""
-    return FULL if size.bits == "16" or size.params is not None else LOW_BITS
+    if size.params is not None:
+        return FULL
+    return LOW_BITS if size.bits == "auto" else ("0", size.bits)
+
+
+def least_bytes(shape: MoeShape, size: SizeConfig, itemsize: int) -> int:
+    """Return the least that all routed experts may take; room for a few neurons in any case."""
+    alone = [LayerPlan(neurons={bits: 1}) for bits in choices_of(size)[1:]]
+    one = min(layer_bytes(shape, plan, itemsize) for plan in alone)
+    return max(2 * len(shape.layers) * one, int(LEAST_BITS * _numbers(shape) / 8) + 1)
+
+
+def most_bytes(shape: MoeShape, itemsize: int) -> int:
+    """Return what all routed experts take when every neuron is kept whole: numbers and widths."""
+    return _numbers(shape) * itemsize + len(shape.layers) * shape.experts * WIDTH_BYTES
 
 
 def forecast(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int) -> dict[int, LayerPlan]:
-    """Plan every layer for ``budget`` bytes of routed experts as if all layers were typical."""
-    choices = choices_of(size)
-    layers = len(shape.layers)
-    neurons = shape.experts * shape.intermediate
-    normal = NormalDist(sigma=ENERGY_SPREAD)
-    count = min(TYPICAL_NEURONS, neurons)
-    energy_1N = torch.tensor(
-        [[math.exp(normal.inv_cdf((place + 0.5) / count)) for place in range(count)]]
-    )
-    empty = _layer_plan(shape, dict.fromkeys(choices[1:], 0), budget, size)
-    fixed = layer_bytes(shape, empty, itemsize)
-    room = max(0, budget // layers - fixed) * 8 * count / neurons
-    choice_N = allocate({0: energy_1N}, shape.hidden, room, choices)[0]
-    share = {bits: float((choice_N == n).float().mean()) for n, bits in enumerate(choices)}
-    kept = {bits: int(share[bits] * neurons) for bits in choices[1:] if share[bits]}
-    return dict.fromkeys(shape.layers, _layer_plan(shape, kept, budget, size))
+    """Plan every layer for ``budget`` bytes of routed experts as if all layers were typical.
+
+    Raises ``UserError`` where the shared neurons that were asked for leave no room.
+    """
+    first = shape.layers[0]
+    count = shape.experts * shape.intermediate
+    place_N = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    energy_EF = (ENERGY_SPREAD * torch.special.ndtri(place_N)).exp().view(shape.experts, -1)
+    typical = replace(shape, layers=(first,))
+    _, plans = settle(typical, {first: energy_EF}, budget // len(shape.layers), size, itemsize)
+    return dict.fromkeys(shape.layers, plans[first])
 
 
 def settle(
@@ -65,28 +81,23 @@ def settle(
     budget: int,
     size: SizeConfig,
     itemsize: int,
-) -> tuple[dict[int, Tensor], dict[int, LayerPlan]]:
+) -> Settled:
     """Choose every neuron's bits by what was measured, and plan every layer.
 
     ``energies`` holds each layer's (E, F); all layers together take at most ``budget`` bytes,
     codebooks, scales and widths counted. Returns each layer's (E, F) numbers of a choice in
-    ``choices_of(size)``, and the plans.
+    ``choices_of(size)``, and the plans. Where a codebook in every layer is no trifle beside the
+    budget, only those bit widths are used that pay for theirs. Raises ``UserError`` where the
+    shared neurons that were asked for leave no room.
     """
     if size.spread == "layer" and len(energies) > 1:
         return _settle_apart(shape, energies, budget, size, itemsize)
-    choices = choices_of(size)
-    empty = _layer_plan(shape, {}, budget, size)
-    room = budget - len(energies) * layer_bytes(shape, empty, itemsize)
-    while True:
-        chosen = allocate(energies, shape.hidden, max(room, 0) * 8, choices)
-        plans = {
-            layer: _layer_plan(shape, _counts(chosen_EF, choices), budget, size)
-            for layer, chosen_EF in chosen.items()
-        }
-        excess = sum(layer_bytes(shape, plan, itemsize) for plan in plans.values()) - budget
-        if excess <= 0 or room <= 0:
-            return chosen, plans
-        room -= excess
+    settling = _Settling(shape, energies, budget, size, itemsize)
+    widths = settling.choices[1:]
+    codebooks = LayerPlan(neurons=dict.fromkeys(widths, 0))
+    if len(energies) * layer_bytes(shape, codebooks, itemsize) <= CODEBOOK_SHARE * budget:
+        return settling.with_widths(widths)
+    return settling.with_best_widths()
 
 
 def _settle_apart(
@@ -95,7 +106,7 @@ def _settle_apart(
     budget: int,
     size: SizeConfig,
     itemsize: int,
-) -> tuple[dict[int, Tensor], dict[int, LayerPlan]]:
+) -> Settled:
     """Settle every layer by itself, each with an equal share of the budget."""
     chosen: dict[int, Tensor] = {}
     plans: dict[int, LayerPlan] = {}
@@ -107,6 +118,60 @@ def _settle_apart(
     return chosen, plans
 
 
+@dataclass(frozen=True)
+class _Settling:
+    shape: MoeShape
+    energies: Mapping[int, Tensor]
+    budget: int
+    size: SizeConfig
+    itemsize: int
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return choices_of(self.size)
+
+    def with_best_widths(self) -> Settled:
+        """Settle with the bit widths that lose least, found by adding one after another."""
+        tried: tuple[str, ...] = ()
+        best, least = self.with_widths(tried), float("inf")
+        while True:
+            options = [
+                tuple(sorted({*tried, bits}, key=self.choices.index))
+                for bits in self.choices[1:]
+                if bits not in tried
+            ]
+            found = [(self.with_widths(widths), widths) for widths in options]
+            losses = [predicted_loss(self.energies, f[0][0], self.choices) for f in found]
+            if not losses or min(losses) >= least:
+                return best
+            least = min(losses)
+            best, tried = found[losses.index(least)]
+
+    def with_widths(self, widths: tuple[str, ...]) -> Settled:
+        """Settle with neurons of these bit widths only."""
+        shared = _shared_count(self.shape, self.budget, self.size, self.itemsize)
+        allowed = ("0", *widths)
+        number = torch.tensor([self.choices.index(bits) for bits in allowed])
+        room = self.budget
+        while True:
+            hidden = self.shape.hidden
+            found = allocate(self.energies, hidden, room, allowed, self.itemsize)
+            chosen = {layer: number.to(part.device)[part] for layer, part in found.items()}
+            plans = {
+                layer: _layer_plan(self.shape, _counts(part, self.choices), shared, self.choices)
+                for layer, part in chosen.items()
+            }
+            sizes = (layer_bytes(self.shape, plan, self.itemsize) for plan in plans.values())
+            excess = sum(sizes) - self.budget
+            if excess <= 0:
+                return chosen, plans
+            room -= excess
+
+
+def _numbers(shape: MoeShape) -> int:
+    return len(shape.layers) * shape.experts * 3 * shape.hidden * shape.intermediate
+
+
 def _counts(chosen_EF: Tensor, choices: tuple[str, ...]) -> dict[str, int]:
     counts = torch.bincount(chosen_EF.flatten(), minlength=len(choices)).tolist()
     return {
@@ -114,21 +179,35 @@ def _counts(chosen_EF: Tensor, choices: tuple[str, ...]) -> dict[str, int]:
     }
 
 
+def _shared_count(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int) -> int:
+    """Return how many neurons every layer shares; raises ``UserError`` for more than fit."""
+    choices = choices_of(size)
+
+    def taken(count: int) -> int:
+        plan = _layer_plan(shape, {}, count, choices)
+        return len(shape.layers) * layer_bytes(shape, plan, itemsize)
+
+    if size.shared is not None:
+        if taken(size.shared) > budget:
+            raise UserError(
+                f"--shared is {size.shared}, and that many neurons in every layer take "
+                f"{taken(size.shared) / 1e6:.3f} MB of the {budget / 1e6:.3f} MB that the routed "
+                "experts may take; share fewer."
+            )
+        return size.shared
+    if choices == FULL:
+        has_shared = budget < _numbers(shape) * itemsize
+    else:
+        has_shared = 8 * budget <= SHARED_BELOW_BITS * _numbers(shape)
+    counts = range(1, shape.intermediate + 1)
+    return bisect_right(counts, SHARED_SHARE * budget, key=taken) if has_shared else 0
+
+
 def _layer_plan(
-    shape: MoeShape, neurons: dict[str, int], budget: int, size: SizeConfig
+    shape: MoeShape, neurons: dict[str, int], shared: int, choices: tuple[str, ...]
 ) -> LayerPlan:
-    numbers = len(shape.layers) * shape.experts * 3 * shape.hidden * shape.intermediate
-    bits = 8 * budget / numbers
     left_over = shape.experts * shape.intermediate - sum(neurons.values())
-    whole = choices_of(size) == FULL
-    has_shared = bits < 16 if whole else bits <= SHARED_BELOW_BITS
-    wanted = size.shared if size.shared is not None else shape.intermediate * has_shared
-    shared = min(wanted, left_over)
-    if whole:
-        return LayerPlan(neurons=neurons, shared=shared)
-    return LayerPlan(neurons=neurons, shared=shared, shared_bits=SHARED_BITS, gain_bits=GAIN_BITS)
-
-
-def shape_overhead(shape: MoeShape) -> int:
-    """Return the bytes that may come on top when every neuron is kept whole: widths."""
-    return len(shape.layers) * shape.experts * 4
+    plan = LayerPlan(neurons=neurons, shared=min(shared, left_over))
+    if choices == FULL:
+        return plan
+    return replace(plan, shared_bits=SHARED_BITS, gain_bits=GAIN_BITS)

@@ -12,7 +12,7 @@ from torch import Tensor
 AT_ONCE = 65_536
 """Vectors whose distances to all entries are in memory together."""
 FITTED_TO = 65_536
-"""Vectors, evenly spread, that a codebook is fitted to."""
+"""Vectors, spread over all, that a codebook is fitted to."""
 
 
 def nearest(vector_NV: Tensor, codebook_CV: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def nearest(vector_NV: Tensor, codebook_CV: Tensor) -> Tensor:
 def fit_codebook(vector_NV: Tensor, entries: int, *, rounds: int = 12) -> Tensor:
     """Return a codebook, (entries, V), by Lloyd's algorithm (1982); deterministic.
 
-    It starts from evenly spread vectors; entries that no vector is nearest to stay where they are.
+    It starts from vectors spread over all; entries that no vector is nearest to stay in place.
     ``vector_NV`` (N, V) holds at least one vector.
     """
     sample_NV = _spread(vector_NV, FITTED_TO)
@@ -45,11 +45,15 @@ def fit_codebook(vector_NV: Tensor, entries: int, *, rounds: int = 12) -> Tensor
 
 
 def _spread(vector_NV: Tensor, count: int) -> Tensor:
-    """Return ``count`` vectors, or all where there are fewer, at equal distances."""
+    """Return ``count`` vectors, or all where there are fewer: one drawn from each equal stretch.
+
+    At equal distances all could come from the same few places of their rows.
+    """
     if len(vector_NV) <= count:
         return vector_NV
-    steps = torch.arange(count, device=vector_NV.device) * len(vector_NV)
-    return vector_NV[torch.div(steps, count, rounding_mode="floor")]
+    drawn = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    places = (torch.arange(count) + drawn) * len(vector_NV) / count
+    return vector_NV[places.long().clamp_max(len(vector_NV) - 1).to(vector_NV.device)]
 
 
 def pack_codes(code_C: Tensor, code_bits: int) -> Tensor:

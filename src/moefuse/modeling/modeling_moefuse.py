@@ -285,6 +285,11 @@ def make_rows(bits: str, parts: int, rows: int, width: int) -> nn.Module:
     return CodedRows(bits, parts, rows, width)
 
 
+def by_bits(neurons: dict[str, int]) -> list[str]:
+    """Return the numbers of bits in the order in which their neurons lie, the fewest first."""
+    return sorted(neurons, key=int)
+
+
 class NeuronExperts(nn.Module):
     """A drop-in for a Transformers experts module: own neurons at unequal bits, shared neurons.
 
@@ -310,8 +315,9 @@ class NeuronExperts(nn.Module):
         super().__init__()
         self.num_experts = experts
         self.act_fn = activation
+        # A saved configuration has its keys in the order of the alphabet, 16 before 2.
         self.own = nn.ModuleDict(
-            {f"bits{bits}": make_rows(bits, 3, count, hidden) for bits, count in neurons.items()}
+            {f"bits{bits}": make_rows(bits, 3, neurons[bits], hidden) for bits in by_bits(neurons)}
         )
         self.shared = make_rows(shared_bits, 3, shared, hidden) if shared else None
         self.gain = make_rows(gain_bits, 1, experts, shared) if shared else None

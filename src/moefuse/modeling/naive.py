@@ -6,12 +6,25 @@ grouping or dtypes; it trades all speed for being readable beside the formula::
     h_te = s_e * (Wgu_g x_t) + Bgu_e Agu_e x_t + b_e
     z_te = w_te * act(gate half of h_te) * (up half of h_te)
     y_t  = sum_g Wd_g (sum over chosen e in g of z_te) + sum over chosen e of Bd_e Ad_e z_te
+
+and for neuron experts, one neuron after another::
+
+    neuron_f(x) = act(gate_f . x) * (up_f . x) * down_f
+    y_t = sum over chosen e of w_te (sum over own f of e of neuron_f(x_t)
+                                     + sum over shared f of gain_ef neuron_f(x_t))
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from moefuse.modeling.modeling_moefuse import FusedExperts, LowRankDelta
+from moefuse.modeling.modeling_moefuse import (
+    CodedRows,
+    FusedExperts,
+    LowRankDelta,
+    NeuronExperts,
+)
 
 
 def naive_forward(module: FusedExperts, x_TD: Tensor, index_TK: Tensor, w_TK: Tensor) -> Tensor:
@@ -59,3 +72,55 @@ def _factors(module: FusedExperts, part: str, expert: int) -> tuple[Tensor, Tens
         getattr(delta, f"{part}_b")[expert].float(),
         getattr(delta, f"{part}_a")[expert].float(),
     )
+
+
+def naive_neurons(module: NeuronExperts, x_TD: Tensor, index_TK: Tensor, w_TK: Tensor) -> Tensor:
+    """Return the neuron experts' output, (T, D) fp32, for ``x_TD``, ``index_TK`` and ``w_TK``."""
+    own = [own_neurons(module, expert) for expert in range(module.num_experts)]
+    shared = [] if module.shared is None else list(all_rows(module.shared).unbind(1))
+    gain_ES = None if module.gain is None else all_rows(module.gain)[0]
+    rows = []
+    for x_D, index_K, w_K in zip(x_TD.float(), index_TK.tolist(), w_TK.float(), strict=True):
+        y_D = torch.zeros_like(x_D)
+        for expert, w in zip(index_K, w_K, strict=True):
+            for neuron_PD in own[expert]:
+                y_D = y_D + w * _neuron(neuron_PD, x_D, module.act_fn)
+            for number, neuron_PD in enumerate(shared):
+                assert gain_ES is not None
+                gain = gain_ES[expert, number]
+                y_D = y_D + w * gain * _neuron(neuron_PD, x_D, module.act_fn)
+        rows.append(y_D)
+    return torch.stack(rows) if rows else x_TD.float()
+
+
+def own_neurons(module: NeuronExperts, expert: int) -> list[Tensor]:
+    """Return an expert's own neurons as (3, D) rows of gate, up and down, fewest bits first."""
+    found: list[Tensor] = []
+    for rows, width_E in zip(module.own.children(), module.widths.tolist(), strict=True):
+        start = sum(width_E[:expert])
+        found += list(all_rows(rows)[:, start : start + width_E[expert]].unbind(1))
+    return found
+
+
+def all_rows(rows: torch.nn.Module) -> Tensor:
+    """Return plain or coded rows as numbers, (parts, rows, width) fp32, code by code.
+
+    A row's bytes are one number, the first byte lowest, in which the first code is lowest.
+    """
+    if not isinstance(rows, CodedRows):
+        return rows.weight.float()  # type: ignore[union-attr, operator]
+    parts, count, _ = rows.codes.shape
+    decoded = torch.zeros(parts, count, rows.width)
+    for part in range(parts):
+        for row in range(count):
+            number = int.from_bytes(rows.codes[part, row].tolist(), "little")
+            mask = 2**rows.code_bits - 1
+            codes = [(number >> place * rows.code_bits) & mask for place in range(rows.count)]
+            values_I = rows.codebook[codes].float().flatten()[: rows.width]
+            decoded[part, row] = values_I * rows.scale[part, row].float()
+    return decoded
+
+
+def _neuron(neuron_PD: Tensor, x_D: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    gate_D, up_D, down_D = neuron_PD
+    return activation(gate_D @ x_D) * (up_D @ x_D) * down_D

@@ -80,7 +80,9 @@ def store_codes(rows: CodedRows, normalised_PMI: Tensor) -> None:
 def encode(rows: CodedRows, values_PMI: Tensor) -> None:
     """Store ``values_PMI`` (P, M, I) as nearly as the bits allow; the scale is each row's root mean
     square."""
-    scale_PM = values_PMI.square().mean(-1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    # In fp64, because the squares of a dying neuron's numbers are below what fp32 can hold.
+    mean_PM = values_PMI.double().square().mean(-1)
+    scale_PM = mean_PM.sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
     normalised_PMI = values_PMI / scale_PM.unsqueeze(-1)
     vector_NV = _vectors(normalised_PMI, rows.vector)
     rows.scale.copy_(scale_PM)
