@@ -29,6 +29,8 @@ class LayerPlan:
     shared: int = 0
     shared_bits: str = "16"
     gain_bits: str = "16"
+    widest: int | None = None
+    """Own neurons that as many experts as a token chooses have together at most, where known."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def active_parameters(shape: MoeShape, plan: LayerPlan) -> int:
         # No expert has more neurons than the teacher's, and none more than there are.
         neuron = 3 * shape.hidden
         most = min(shape.top_k * shape.intermediate, sum(plan.neurons.values()))
+        most = most if plan.widest is None else plan.widest
         return neuron * (most + plan.shared) + shape.top_k * plan.shared
     base = 3 * shape.hidden * shape.intermediate
     per_expert = (layer_parameters(shape, plan) - plan.groups * base) // shape.experts

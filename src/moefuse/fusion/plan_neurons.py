@@ -69,7 +69,9 @@ def forecast(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int) -> d
     first = shape.layers[0]
     count = shape.experts * shape.intermediate
     place_N = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    energy_EF = (ENERGY_SPREAD * torch.special.ndtri(place_N)).exp().view(shape.experts, -1)
+    energy_N = (ENERGY_SPREAD * torch.special.ndtri(place_N)).exp()
+    # Every expert gets its share of strong neurons and of weak ones.
+    energy_EF = energy_N.view(-1, shape.experts).T
     typical = replace(shape, layers=(first,))
     _, plans = settle(typical, {first: energy_EF}, budget // len(shape.layers), size, itemsize)
     return dict.fromkeys(shape.layers, plans[first])
@@ -157,15 +159,27 @@ class _Settling:
             hidden = self.shape.hidden
             found = allocate(self.energies, hidden, room, allowed, self.itemsize)
             chosen = {layer: number.to(part.device)[part] for layer, part in found.items()}
-            plans = {
-                layer: _layer_plan(self.shape, _counts(part, self.choices), shared, self.choices)
-                for layer, part in chosen.items()
-            }
+            plans = {layer: self._plan(part, shared) for layer, part in chosen.items()}
             sizes = (layer_bytes(self.shape, plan, self.itemsize) for plan in plans.values())
             excess = sum(sizes) - self.budget
             if excess <= 0:
                 return chosen, plans
             room -= excess
+
+    def _plan(self, chosen_EF: Tensor, shared: int) -> LayerPlan:
+        """Plan a layer.
+
+        Unless their number was asked for, it shares fewer neurons where a token would else pass
+        more parameters than the teacher's.
+        """
+        shape = self.shape
+        own_E = (chosen_EF > 0).sum(1)
+        widest = int(own_E.topk(min(shape.top_k, shape.experts)).values.sum())
+        neuron = 3 * shape.hidden
+        room = neuron * (shape.top_k * shape.intermediate - widest) // (neuron + shape.top_k)
+        shared = min(shared, room) if self.size.shared is None else shared
+        plan = _layer_plan(shape, _counts(chosen_EF, self.choices), shared, self.choices)
+        return replace(plan, widest=widest)
 
 
 def _numbers(shape: MoeShape) -> int:

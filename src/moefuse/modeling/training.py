@@ -122,7 +122,7 @@ class TrainedNeuronExperts(NeuronExperts):
         A launch for every expert and number of bits costs a GPU more than the arithmetic: rows and
         neurons are filled up to the longest expert's instead.
         """
-        if not x_TD.is_cuda:
+        if not (x_TD.is_cuda and len(self.own)):
             return super()._own(x_TD, token_N, weight_N, rows_per_expert)
         own: Any = self.own.values()
         rows_PMD = torch.cat([rows.read(0, None) for rows in own], 1).to(x_TD.dtype)
