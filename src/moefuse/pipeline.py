@@ -170,12 +170,7 @@ class Job:
     @cached_property
     def settled(self) -> tuple[dict[int, Tensor], Plan]:
         """Every neuron's choice of bits by the energies that were measured, and the true plan."""
-        energies = {
-            layer: artifacts.read_tensors(
-                self._artifact(self.energies_directory, layer, "safetensors", "group")
-            )["energy_EF"]
-            for layer in self.reader.shape.layers
-        }
+        energies = {layer: self._energy(layer) for layer in self.reader.shape.layers}
         itemsize = self.sizes.itemsize
         budget = expert_budget(self.sizes, self.size)
         chosen, layers = settle(self.reader.shape, energies, budget, self.size, itemsize)
@@ -437,15 +432,18 @@ class Job:
         artifacts.write_json(path.with_suffix(".json"), made)
         artifacts.write_tensors(path, factored.state)
 
+    def _energy(self, layer: int) -> Tensor:
+        """Read what the neurons of one layer are worth, (E, F)."""
+        path = self._artifact(self.energies_directory, layer, "safetensors", "group")
+        return artifacts.read_tensors(path)["energy_EF"]
+
     def _kept(self, layer: int) -> Kept:
         """Make one layer's neuron experts from the teacher's."""
-        path = self._artifact(self.energies_directory, layer, "safetensors", "group")
-        energy_EF = artifacts.read_tensors(path)["energy_EF"].to(self.device)
         chosen, plan = self.settled
         return keep(
             self.experts(layer),
             self.store.sample(layer, self.factoring.fit_tokens).to(self.device),
-            energy_EF,
+            self._energy(layer).to(self.device),
             chosen[layer].to(self.device),
             choices_of(self.size),
             plan.layers[layer],

@@ -75,7 +75,7 @@ def compare(
         return Job(
             checkpoint,
             out / "work",
-            {"loss": "logits", **values, **more},
+            {**values, **more},
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
