@@ -71,6 +71,7 @@ class CalibrateConfig:
 
 
 LOSSES = ("auto", "output", "logits")
+INPUTS = ("auto", "teacher", "student")
 BITS = ("auto", "1", "2", "4", "16")
 SPREADS = ("model", "layer")
 FORMS = ("auto", "low-rank", "neurons")
@@ -221,6 +222,13 @@ class DistillConfig:
         "What distillation lessens: output, the layer's squared error; logits, the same weighed by "
         "what the logits feel; auto, logits for own neurons.",
         choices=LOSSES,
+    )
+    inputs: str = setting(
+        "auto",
+        "What a layer is distilled on: teacher, what the teacher's layer receives; student, what "
+        "it receives above the students of lower layers, so that it can mend their errors; auto, "
+        "student for own neurons.",
+        choices=INPUTS,
     )
     held_back: float = setting(
         0.05, "Share of the tokens that only measure.", at_least=0, at_most=0.5

@@ -40,6 +40,7 @@ from moefuse.config import (
 from moefuse.console import say, track
 from moefuse.devices import choose_device, choose_dtype, stored_dtype, suited_threads
 from moefuse.distillation.loop import distill_layer, metric_root
+from moefuse.distillation.own_inputs import OnDisk, OwnInputs, Passed
 from moefuse.errors import UserError
 from moefuse.export.assemble import assemble
 from moefuse.export.card import model_card
@@ -456,14 +457,52 @@ class Job:
         return measure(module, judge, power_of(judge), JUDGE_TOKENS)
 
     def distill(self) -> None:
-        """Train each layer's student against what the teacher's layer returned."""
+        """Train each layer's student against what the teacher's layer returned, or should have."""
         if not self.distillation.steps:
+            return
+        if self.on_own_inputs:
+            self._distill_in_order()
             return
         for layer, path in self._todo(self.distilled_directory, "safetensors", None):
             with self.suited_threads():
-                self._distill(layer, path)
+                self._distill(layer, path, self.call(layer))
 
-    def _distill(self, layer: int, path: Path) -> None:
+    @property
+    def on_own_inputs(self) -> bool:
+        """Whether layers are distilled on what they receive above the students of lower layers."""
+        wish = self.distillation.inputs
+        return wish == "student" or (wish == "auto" and self.uses_neurons)
+
+    def own_inputs(self, passed: Passed) -> OwnInputs:
+        """Follow the student's own inputs, hidden states kept in ``passed``."""
+        return OwnInputs(self.teacher, self.batches, passed)
+
+    def _distill_in_order(self) -> None:
+        """Distil every layer above the students of those below it."""
+        layers = self.reader.shape.layers
+        todo = dict(self._todo(self.distilled_directory, "safetensors", None))
+        if not todo:
+            return
+        for layer in layers:
+            self._calibrated(layer)
+        passed = OnDisk(self.distilled_directory / "passed")
+        if min(todo) < passed.layer:
+            # Somebody removed a finished layer: what passed it is of a student that is gone.
+            passed.restart()
+        own = self.own_inputs(passed)
+        for layer in layers:
+            if layer < passed.layer:
+                continue
+            with self.suited_threads():
+                call = own.call(layer)
+                if layer in todo:
+                    self._distill(layer, todo[layer], call)
+                if layer != layers[-1]:
+                    student = self.student(layer, self.distilled_directory, "distill")
+                    own.take(student.to(self.stored).float())
+        passed.remove()
+
+    def _distill(self, layer: int, path: Path, call: ExpertsCall) -> None:
         start = time.monotonic()
         student = (
             self._kept(layer).trained()
@@ -472,7 +511,7 @@ class Job:
         )
         result = distill_layer(
             student,
-            self.call(layer),
+            call,
             self.distillation,
             seed=self.compute.seed + layer,
             progress=lambda steps: track(steps, f"Distil layer {layer}"),

@@ -31,6 +31,7 @@ from moefuse.comparison import (
 )
 from moefuse.config import DistillConfig
 from moefuse.distillation.loop import distill_layer
+from moefuse.distillation.own_inputs import InMemory
 from moefuse.errors import UserError
 from moefuse.pipeline import Job
 
@@ -95,7 +96,9 @@ def _rivals(bench: Bench, cell: Cell) -> list[Contender]:
     stages = (ONE_SHOT, DISTILLED) if options.steps else (ONE_SHOT,)
     students: dict[str, dict[int, nn.Module]] = {stage: {} for stage in stages}
     seconds, footprints = dict.fromkeys(stages, 0.0), []
-    for layer in job.reader.shape.layers:
+    layers = job.reader.shape.layers
+    own = job.own_inputs(InMemory()) if options.steps and job.on_own_inputs else None
+    for layer in layers:
         start, call = time.monotonic(), bench.call(layer)
         described = replace(describe(job, layer, call), seed=cell.seed)
         with job.suited_threads():
@@ -106,12 +109,15 @@ def _rivals(bench: Bench, cell: Cell) -> list[Contender]:
             if options.steps:
                 distill_layer(
                     made.trained,
-                    call,
+                    own.call(layer) if own else call,
                     options,
                     seed=cell.seed + layer,
                     metric_root_DD=job.metric_root(layer),
                 )
-                students[DISTILLED][layer] = _still(made.finish(made.trained))
+                student = _still(made.finish(made.trained))
+                students[DISTILLED][layer] = student
+                if own and layer != layers[-1]:
+                    own.take(student)
                 seconds[DISTILLED] += time.monotonic() - start
     return [
         Contender(

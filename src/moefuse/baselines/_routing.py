@@ -37,7 +37,7 @@ def all_gates(layer: Layer, logits_TE: Tensor) -> Tensor:
     config.num_experts_per_tok = experts
     if getattr(config, "n_group", None):
         config.n_group = config.topk_group = 1
-    router = _router_of_logits(layer, config, torch.arange(experts))
+    router = _router_of_logits(layer, config, torch.arange(experts, device=logits_TE.device))
     _, weight_TE, index_TE = router(logits_TE)
     return torch.zeros_like(logits_TE).scatter_(1, index_TE, weight_TE)
 

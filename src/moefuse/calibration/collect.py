@@ -55,7 +55,7 @@ class CalibrationStore:
 
     def all_calls(self, layer: int) -> ExpertsCall:
         """Read every recorded token of one layer into memory."""
-        return _joined(list(self.calls(layer)))
+        return ExpertsCall.joined(list(self.calls(layer)))
 
     def sample(self, layer: int, tokens: int) -> ExpertsCall:
         """Read the first ``tokens`` recorded tokens of one layer, or all where there are fewer."""
@@ -64,12 +64,7 @@ class CalibrationStore:
             taken.append(call)
             if sum(len(part.x_TD) for part in taken) >= tokens:
                 break
-        return _joined(taken).rows(slice(0, tokens))
-
-
-def _joined(calls: list[ExpertsCall]) -> ExpertsCall:
-    names = ("x_TD", "index_TK", "weight_TK", "y_TD")
-    return ExpertsCall(**{name: torch.cat([getattr(c, name) for c in calls]) for name in names})
+        return ExpertsCall.joined(taken).rows(slice(0, tokens))
 
 
 def collect(teacher: StreamedTeacher, batches: list[Batch], store: CalibrationStore) -> None:

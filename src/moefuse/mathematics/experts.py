@@ -3,8 +3,8 @@
 Shape suffixes: T tokens, K experts chosen per token, E experts, D hidden width, F neurons.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ class ExpertsCall:
     index_TK: Tensor
     weight_TK: Tensor
     y_TD: Tensor
+
+    @classmethod
+    def joined(cls, calls: Sequence["ExpertsCall"]) -> "ExpertsCall":
+        """Return several calls as one, their tokens in order."""
+        parts = {f.name: torch.cat([getattr(c, f.name) for c in calls]) for f in fields(cls)}
+        return cls(**parts)
 
     def rows(self, rows: Tensor | slice) -> "ExpertsCall":
         """Return the call for some of its tokens only: integers (N,) or a slice."""
