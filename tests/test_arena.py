@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from running import Ran, changes, run_elsewhere, run_here, write_text
-from tiny import save_tiny
+from tiny import BOS, EOS, VOCABULARY, save_tiny, tiny_tokenizer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from moefuse.arena.bench import LIKE_OURS, Bench
 from moefuse.arena.cells import OURS, Cell, Wishes, contestants, is_structural, part_of
@@ -19,10 +21,13 @@ from moefuse.arena.report import Impossible, comparison_markdown
 from moefuse.arena.run import Comparison, compare
 from moefuse.arena.students import distillation_of, make_contenders
 from moefuse.baselines import method_names
-from moefuse.comparison import DISTILLED, ONE_SHOT, index_bytes
+from moefuse.comparison import DISTILLED, ONE_SHOT, index_bytes, model_with
 from moefuse.errors import UserError
+from moefuse.evaluation.generate import INFILL_STYLES
 from moefuse.evaluation.report import read_report
-from moefuse.evaluation.rows import TEACHER, Row
+from moefuse.evaluation.rows import TEACHER, Row, TaskScores
+from moefuse.evaluation.run import evaluate_command, load_model
+from moefuse.evaluation.tasks import prepare_tasks, run_tasks
 from moefuse.pipeline import Job
 
 VALUES: dict[str, Any] = {
@@ -398,6 +403,9 @@ def test_the_command(run: Callable[..., Ran], tmp_path: Path) -> None:
         (("--part", "2/2"), "--part is '2/2'; give a part such as 0/4, the first of four."),
         (("--held-out", "absent.txt"), "absent.txt"),
         (("--held-out-tokens", "1"), "--held-out-tokens is 1; it must be at least 2."),
+        (("--tasks", "python_infil_line"), "python_infil_line is neither a task"),
+        (("--tasks", ","), "--tasks names no task"),
+        (("--limit", "2"), "--limit and --num-fewshot are about tasks"),
     ],
 )
 def test_wrong_wishes(
@@ -421,3 +429,128 @@ def test_another_teacher_needs_texts(missing: str, run: Callable[..., Ran], tmp_
     assert ran.status == 2
     assert f"Say with {missing} what text to " in ran.err
     assert not (tmp_path / "out").exists()
+
+
+# Tasks of lm-evaluation-harness; the one on filling in needs a tokenizer with tokens for it.
+
+INFILL = "python_infill_line"
+MARKERS = INFILL_STYLES[0].tokens
+SCORES = {"exact_match", "exact_match_stderr", "edit_similarity", "edit_similarity_stderr"}
+TASKS: dict[str, Any] = {"tasks": [INFILL], "limit": 3}
+
+
+@pytest.fixture(scope="module")
+def infilling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose tokenizer knows filling in, and beside it two texts."""
+    directory = tmp_path_factory.mktemp("infilling")
+    changes: dict[str, Any] = {"vocab_size": VOCABULARY + len(MARKERS), "num_hidden_layers": 2}
+    save_tiny(directory / "teacher", dtype=torch.bfloat16, max_position_embeddings=4096, **changes)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str()),
+        bos_token=BOS,
+        eos_token=EOS,
+    )
+    tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+    tokenizer.save_pretrained(directory / "teacher")
+    write_text(directory / "text.txt")
+    write_text(directory / "held.txt", lines=20)
+    return directory / "teacher"
+
+
+def scores_of(bench: Bench, cell: Cell) -> TaskScores:
+    """Make a cell's last student anew and run the task on it, without the arena."""
+    students = make_contenders(bench, cell)[-1].students
+    student = model_with(bench.teacher, bench.job.reader.family, students)
+    _, tokenizer = load_model(bench.job.reader.directory)
+    prepared = prepare_tasks([INFILL], tokenizer, limit=3)
+    return run_tasks(prepared, student, tokenizer, batch_size=4)[0]
+
+
+def test_tasks_are_measured_on_the_last_students(infilling: Path, tmp_path: Path) -> None:
+    out, wishes = tmp_path / "out", Wishes(("reap", "signs"), (0.25,), 1, bits=(16,))
+
+    found = compared(infilling, out, wishes, **TASKS)
+
+    alone = evaluate_command(str(infilling), batch_size=4, dtype="float32", **TASKS)
+    teacher, *students = found.rows
+    assert teacher.tasks == alone.rows[0].tasks
+    last = [row for row in students if row.stage == DISTILLED]
+    assert [row.tasks for row in students if row.stage == ONE_SHOT] == [None, None]
+    bench = bench_of(infilling, tmp_path / "work")
+    assert [row.tasks for row in last] == [scores_of(bench, cell) for cell in wishes.cells()]
+    likeness = [(row.tasks or {})[INFILL]["edit_similarity"] for row in (teacher, *last)]
+    assert len(set(likeness)) == 3
+    assert found.meta["tasks"] == alone.meta["tasks"]
+    assert read_report(out / "compare.json")[1] == found.rows
+    budget = (out / "compare.md").read_text().split("## Budget 0.25")[1].split("## ")[0]
+    assert f"| distilled | {INFILL} exact_match | {INFILL} edit_similarity | Expert bytes" in budget
+    line = next(line for line in budget.splitlines() if line.startswith("| reap |"))
+    assert line.split(" | ")[4:6] == ["0.000", f"{likeness[1]:.3f}"]
+
+
+def test_tasks_go_on_where_they_were(infilling: Path, tmp_path: Path) -> None:
+    out, wishes = tmp_path / "out", Wishes(("reap", "signs"), (0.25,), 1, bits=(16,))
+    first = compared(infilling, out, wishes, part="0/2", **TASKS)
+    assert first.missing == 1
+    (measured,) = (out / "work").glob("tasks-*.json")
+    (done,) = (out / "cells").glob("*.json")
+    before = [path.stat().st_mtime_ns for path in (measured, done)]
+
+    found = compared(infilling, out, wishes, **TASKS)
+
+    assert found.missing == 0
+    assert [path.stat().st_mtime_ns for path in (measured, done)] == before
+    assert list((out / "work").glob("tasks-*.json")) == [measured]
+    assert found.rows[0].tasks == read_report(measured)[1][0].tasks
+    assert timeless(found.rows) == timeless(
+        compared(infilling, tmp_path / "whole", wishes, **TASKS).rows
+    )
+    asked = {"names": [INFILL], "limit": 3, "num_fewshot": None}
+    assert json.loads(done.read_text())["settings"]["tasks"] == asked
+    for other in ({}, {**TASKS, "limit": 2}, {**TASKS, "num_fewshot": 0}):
+        with pytest.raises(UserError, match="was measured with other settings"):
+            compared(infilling, out, wishes, **other)
+
+
+def test_tasks_from_the_command_line(
+    infilling: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(infilling.parent)
+    flags = ("--tasks", INFILL, "--limit", "1", "--num-fewshot", "3", "--steps", "0", "--json")
+
+    ran = run_here(capfd, "compare", "teacher", "told", *FEW, *FLAGS, *flags)
+
+    assert ran.status == 0, ran.err
+    found = json.loads(ran.out)
+    assert {row["stage"] for row in found["rows"]} == {None, ONE_SHOT}
+    assert all(row["tasks"][INFILL].keys() == SCORES for row in found["rows"])
+    # The task fixes zero examples, and says so.
+    assert found["meta"]["tasks"]["num_fewshot"] == {INFILL: 0}
+    assert found["meta"]["tasks"]["items"] == {INFILL: 1}
+
+
+def test_cells_without_tasks_know_of_none(teacher: Path, tmp_path: Path) -> None:
+    found = compared(teacher, tmp_path / "out", Wishes(("signs",), (0.5,), 1))
+
+    stored = json.loads((tmp_path / "out" / "cells" / "signs-1bit-seed0.json").read_text())
+    assert "tasks" not in stored
+    assert "tasks" not in stored["settings"]
+    assert [row.tasks for row in found.rows] == [None] * 3
+    assert found.meta["tasks"] is None
+    assert "asks" not in (tmp_path / "out" / "compare.md").read_text()
+    assert not list((tmp_path / "out" / "work").glob("tasks-*"))
+
+
+def test_seeds_of_a_task_are_averaged() -> None:
+    def scored(seed: int, score: float) -> Row:
+        return made("reap", 1.0, 0.5, seed=seed, tasks={"t": {"acc": score, "acc_stderr": 0.1}})
+
+    rows = [*ROWS, scored(0, 0.25), scored(1, 0.75)]
+
+    text = comparison_markdown({"command": "moefuse compare"}, rows, [])
+
+    budget = text.split("## Budget 0.0625")[1].split("## ")[0]
+    assert "| Method | Bits | one-shot | distilled | t acc | Expert bytes |" in budget
+    assert "Scores of tasks are those of the last stage's students" in budget
+    assert "| reap | - | - | **0.500** ± 0.000 | 0.500 ± 0.354 | - |" in budget
+    assert "| fused | - | - | **0.500** ± 0.141 | - | - |" in budget

@@ -69,6 +69,10 @@ Revision = Annotated[str | None, typer.Option(help="Revision of a hub checkpoint
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own Python code.")
 ]
+Limit = Annotated[int | None, typer.Option(help="Most items of a task. [default: all]")]
+FewShot = Annotated[
+    int | None, typer.Option(help="Examples before each item. [default: the task's]")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
@@ -248,10 +252,8 @@ def eval_command(
             "between or given again; text is then measured only with --data or --teacher."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most items of a task. [default: all]")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples before each item. [default: the task's]")
-    ] = None,
+    limit: Limit = None,
+    num_fewshot: FewShot = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="Dtype to compute in. [default: stored]")
@@ -344,6 +346,16 @@ def compare_command(
         typer.Option(help="Text to measure on: a file, a folder, JSONL or a hub data set."),
     ] = None,
     held_out_tokens: Annotated[int, typer.Option(help="Most tokens to measure on.")] = 12_288,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, YAML files or folders of them, with commas "
+            "between or given again; only the last stage's students are measured on them, and the "
+            "teacher once."
+        ),
+    ] = None,
+    limit: Limit = None,
+    num_fewshot: FewShot = None,
     part: Annotated[
         str | None,
         typer.Option(help="Do only part I of N, as I/N from 0/N on, to run several at once."),
@@ -366,6 +378,9 @@ def compare_command(
         held_out=held_out,
         held_out_tokens=held_out_tokens,
         part=part,
+        tasks=tasks or (),
+        limit=limit,
+        num_fewshot=num_fewshot,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )

@@ -32,6 +32,17 @@ from moefuse.evaluation.tasks import prepare_tasks
 from moefuse.modeling import fused_classes
 
 OWN = ("python_infill_line", "python_function_parses")
+# What ``compare`` needs to get as far as its tasks.
+COMPARED = (
+    "--data",
+    "text.txt",
+    "--held-out",
+    "text.txt",
+    "--tokens",
+    "32",
+    "--sequence-length",
+    "8",
+)
 
 # A task as people write one: a YAML file with the Python file that it names beside it.
 
@@ -312,7 +323,8 @@ def test_code_runs_with_consent(student: str, task: Path, monkeypatch: pytest.Mo
     assert scores is not None and scores["which_word"].keys() == {"acc", "acc_stderr"}
 
 
-def test_without_the_extra_only_tasks_are_missed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [("eval", "model"), ("compare", "model", "out", *COMPARED)])
+def test_without_the_extra_only_tasks_are_missed(command: tuple[str, ...], tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     program = """
@@ -329,11 +341,11 @@ def test_without_the_extra_only_tasks_are_missed(tmp_path: Path) -> None:
 
         report = evaluate_command("model", data="text.txt")
         assert report.rows[0].perplexity > 1
-        sys.argv = ["moefuse", "eval", "model", "--tasks", "python_function_parses"]
+        sys.argv = ["moefuse", *sys.argv[1:], "--tasks", "python_function_parses"]
         main()
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-c", textwrap.dedent(program), *command],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -343,6 +355,7 @@ def test_without_the_extra_only_tasks_are_missed(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert 'pip install "moefuse[tasks]"' in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 # The items of the own tasks.

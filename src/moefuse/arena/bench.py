@@ -11,7 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from moefuse.arena.lowbit import WHOLE_BYTES
-from moefuse.evaluation.run import load_model
+from moefuse.artifacts import fingerprint, write_json
+from moefuse.evaluation.report import Row, read_report, report_json
+from moefuse.evaluation.rows import TEACHER, TaskScores
+from moefuse.evaluation.run import NO_TASKS, Scored, TaskRunner, load_model
 from moefuse.mathematics.experts import ExpertsCall
 from moefuse.pipeline import Job
 
@@ -26,19 +29,46 @@ class Bench:
     """What all cells share: the job that calibrated, its teacher, and its recorded tokens.
 
     ``job_for(values)`` makes a job of the same checkpoint, text and settings with other ``values``;
-    ``quantise`` is as in ``Wishes``.
+    ``quantise`` is as in ``Wishes``, ``tasks`` are run on students of the last stage.
     """
 
-    def __init__(self, job: Job, job_for: Callable[[dict[str, Any]], Job], quantise: str) -> None:
+    def __init__(
+        self,
+        job: Job,
+        job_for: Callable[[dict[str, Any]], Job],
+        quantise: str,
+        tasks: TaskRunner = NO_TASKS,
+    ) -> None:
         self.job = job
         self.job_for = job_for
         self.quantise = quantise
+        self.tasks = tasks
         self._kept: dict[int, ExpertsCall] = {}
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The whole teacher in fp32."""
         return load_model(self.job.reader.directory, dtype="float32", device=self.job.device)[0]
+
+    def run_tasks(self, model: PreTrainedModel) -> Scored:
+        """Return what the tasks give for ``model``, the teacher or a copy with other experts."""
+        with self.job.suited_threads():
+            return self.tasks.run(model)
+
+    @cached_property
+    def teacher_scores(self) -> TaskScores | None:
+        """The teacher's scores on the tasks, kept as a report in the work directory.
+
+        Whichever process comes first measures them, those beside it wait and later ones read.
+        """
+        made_of = [self.job.store.directory.name, self.tasks.asked]
+        path = self.job.work / f"tasks-{fingerprint(made_of)}.json"
+        with alone(path.with_suffix(".lock")):
+            if not path.exists():
+                scores, facts = self.run_tasks(self.teacher)
+                write_json(path, report_json(facts or {}, [Row(method=TEACHER, tasks=scores)]))
+            _, (row,) = read_report(path)
+        return row.tasks
 
     @property
     def whole(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from moefuse.arena.cells import FUSED, FUSED_BF16, OURS, WHOLE
@@ -20,9 +21,13 @@ from moefuse.arena.front import (
 from moefuse.artifacts import write_json, write_text
 from moefuse.evaluation.report import facts
 from moefuse.evaluation.rows import TEACHER, Row, stage_order
-from moefuse.evaluation.tables import human_bytes, listing, markdown, short
+from moefuse.evaluation.tables import human_bytes, listing, markdown, scored, short
 
 COMPARISON = "compare.json"
+TASKS_NOTE = (
+    "Scores of tasks are those of the last stage's students: means, and with several seeds their "
+    "standard deviations."
+)
 PLOT, PARAMETERS_PLOT = "pareto.png", "pareto-parameters.png"
 
 
@@ -135,6 +140,7 @@ def _budget_parts(rows: Sequence[Row]) -> list[str]:
         for share, budget in budgets(rows).items()
         for text in (
             f"## Budget {share:.4g} of the teacher's routed experts ({budget:.3g} bits per weight)",
+            TASKS_NOTE if scored(rows) else "",
             _budget_table(rows, share, budget),
         )
     ]
@@ -155,15 +161,26 @@ def _budget_table(rows: Sequence[Row], share: float, budget: float) -> str:
         or (point.fraction is None and (point.method, point.bits) in kept)
     ]
     settings = dict.fromkeys((point.method, point.bits) for point in made)
+    pairs = scored(rows)
     lines = [
-        _line([p for p in made if (p.method, p.bits) == key], made, stages) for key in settings
+        _line([p for p in made if (p.method, p.bits) == key], made, stages, pairs)
+        for key in settings
     ]
-    titles = ["Method", "Bits", *stages, "Expert bytes", "Bits per weight", "Active parameters"]
+    figures = [*stages, *map(" ".join, pairs)]
+    titles = ["Method", "Bits", *figures, "Expert bytes", "Bits per weight", "Active parameters"]
     return markdown(titles, sorted(lines, key=lambda line: line[0])) if lines else "Nothing fits."
 
 
-def _line(same: Sequence[Point], made: Sequence[Point], stages: Sequence[str]) -> list[str]:
-    """Return one setting's line; ``same`` are its points at every stage."""
+def _line(
+    same: Sequence[Point],
+    made: Sequence[Point],
+    stages: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+) -> list[str]:
+    """Return one setting's line; ``same`` are its points at every stage.
+
+    ``pairs`` are the tasks and metrics that have columns.
+    """
     first = same[0]
     cells = []
     for stage in stages:
@@ -176,6 +193,7 @@ def _line(same: Sequence[Point], made: Sequence[Point], stages: Sequence[str]) -
         first.method,
         "-" if first.bits is None else f"{first.bits:g}",
         *cells,
+        *(_score(same, *pair) for pair in pairs),
         "-" if size is None else human_bytes(size),
         f"{first.bpw:.3f}",
         "-" if active is None else f"{active:,.0f}",
@@ -187,6 +205,15 @@ def _figure(point: Point, *, bold: bool = False) -> str:
     spread = "" if point.deviation is None else f" ± {short(point.deviation)}"
     agreement = point.mean("agreement")
     return text + spread + ("" if agreement is None else f" ({agreement:.1%})")
+
+
+def _score(same: Sequence[Point], task: str, metric: str) -> str:
+    """Return the mean score over the rows that have one, which differ by the seed only."""
+    found = [(row.tasks or {}).get(task, {}).get(metric) for point in same for row in point.rows]
+    scores = [score for score in found if score is not None]
+    if not scores:
+        return "-"
+    return f"{mean(scores):.3f}" + (f" ± {stdev(scores):.3f}" if len(scores) > 1 else "")
 
 
 def _called(point: Point) -> str:

@@ -6,7 +6,7 @@ and several processes, each with its part of the cells, work side by side on one
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from moefuse.arena.report import Impossible, write_comparison
 from moefuse.arena.students import make_contenders
 from moefuse.baselines import TooSmallError
 from moefuse.checkpoint.reader import CheckpointReader
-from moefuse.comparison import HeldOut, measure_contenders
+from moefuse.comparison import Contender, HeldOut, measure_contenders, model_with
 from moefuse.console import say, track
 from moefuse.errors import UserError
 from moefuse.evaluation.report import Row, machine_meta, report_json, row_from_json
 from moefuse.evaluation.rows import TEACHER
+from moefuse.evaluation.run import TaskRunner, task_runner
 from moefuse.pipeline import Job
 from moefuse.places import check_new, check_outside
 
@@ -57,6 +58,9 @@ def compare(
     held_out: str | None = None,
     held_out_tokens: int = HELD_OUT_TOKENS,
     part: str | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Comparison:
@@ -64,9 +68,11 @@ def compare(
 
     ``values`` are settings by name (see ``config``; every method is distilled by what the logits
     feel unless they say otherwise), ``held_out`` is the text to measure on,
-    ``part`` says which of the cells to do (see ``part_of``). Artifacts lie in ``out/work`` and
-    finished cells in ``out/cells``; the same call after an interruption goes on from the last
-    finished cell. Raises ``UserError`` for bad input before any expensive work starts.
+    ``part`` says which of the cells to do (see ``part_of``). ``tasks``, ``limit`` and
+    ``num_fewshot`` are what ``prepare_tasks`` takes; only the last stage's students are measured on
+    them, and the teacher once. Artifacts lie in ``out/work`` and finished cells in ``out/cells``;
+    the same call after an interruption goes on from the last finished cell. Raises ``UserError``
+    for bad input before any expensive work starts.
     """
     out = Path(out)
     check_new(out)
@@ -84,12 +90,19 @@ def compare(
     mine = part_of(cells, part)
     check_outside(out, job.reader.directory, "output")
     text = read_held_out(job, held_out, held_out_tokens)
-    board = Board(out / "cells", _settings(job, text, wishes.quantise))
+    runner = task_runner(
+        tasks,
+        job.tokenizer,
+        batch_size=job.calibration.batch_size,
+        limit=limit,
+        num_fewshot=num_fewshot,
+    )
+    board = Board(out / "cells", _settings(job, text, wishes.quantise, runner))
     todo = [cell for cell in mine if not board.has(cell)]
     if todo:
         with alone(job.work / "calibrate.lock"):
             job.calibrate()
-    bench = Bench(job, job_for, wishes.quantise)
+    bench = Bench(job, job_for, wishes.quantise, runner)
     for cell in track(todo, "Compare") if todo else ():
         board.write(cell, measure_cell(bench, cell, text))
     return _finish(out, board, cells, job, text, wishes)
@@ -114,9 +127,9 @@ def read_held_out(job: Job, source: str | None, tokens: int) -> HeldOut:
     return HeldOut.read(source, job, tokens)
 
 
-def _settings(job: Job, text: HeldOut, quantise: str) -> dict[str, Any]:
+def _settings(job: Job, text: HeldOut, quantise: str, tasks: TaskRunner) -> dict[str, Any]:
     """Return all that a cell's figures depend on besides the cell."""
-    return {
+    settings = {
         "calibration": job.store.directory.name,
         "sensitivity_tokens": job.calibration.sensitivity_tokens,
         "held_out": text.to_json()["fingerprint"],
@@ -125,6 +138,8 @@ def _settings(job: Job, text: HeldOut, quantise: str) -> dict[str, Any]:
         "factoring": asdict(job.factoring),
         "distillation": asdict(job.distillation),
     }
+    # Without tasks there is no word of them, so that cells from before there were any still count.
+    return settings if tasks.asked is None else {**settings, "tasks": tasks.asked}
 
 
 class Board:
@@ -155,14 +170,22 @@ class Board:
         value = {"cell": asdict(cell), "settings": self.settings, **found}
         artifacts.write_json(self.path(cell), value)
 
-    def read(self, cell: Cell) -> tuple[list[Row], str | None]:
-        """Return a cell's rows, the teacher's first, and why it is impossible, should it be."""
+    def read(self, cell: Cell) -> tuple[list[Row], str | None, dict[str, Any] | None]:
+        """Return what is known of a cell.
+
+        These are its rows, the teacher's first; why it is impossible, should it be; and what the
+        scores of its tasks depend on, had it any.
+        """
         found = artifacts.read_json(self.path(cell))
-        return [row_from_json(item) for item in found["rows"]], found["impossible"]
+        rows = [row_from_json(item) for item in found["rows"]]
+        return rows, found["impossible"], found.get("tasks")
 
 
 def measure_cell(bench: Bench, cell: Cell, text: HeldOut) -> dict[str, Any]:
-    """Make and measure one cell: its ``rows`` as JSON values, or why it is ``impossible``."""
+    """Make and measure one cell: its ``rows`` as JSON values, or why it is ``impossible``.
+
+    ``tasks`` says what the scores of the tasks depend on, where there are any.
+    """
     start = time.monotonic()
     try:
         contenders = make_contenders(bench, cell)
@@ -170,9 +193,28 @@ def measure_cell(bench: Bench, cell: Cell, text: HeldOut) -> dict[str, Any]:
         say(f"{cell.name}: impossible: {error}")
         return {"impossible": str(error), "rows": []}
     rows = measure_contenders(bench.job, contenders, text, teacher=bench.teacher, description=None)
+    rows, facts = _with_tasks(bench, contenders[-1], rows)
     stages = ", ".join(f"{row.kl:.4f} {row.stage}" for row in rows if row.method != TEACHER)
     say(f"{cell.name}: KL {stages}, {rows[-1].bpw:.3f} bpw ({time.monotonic() - start:.0f} s)")
-    return {"impossible": None, "rows": report_json({}, rows)["rows"]}
+    found = {"impossible": None, "rows": report_json({}, rows)["rows"]}
+    return found if facts is None else {**found, "tasks": facts}
+
+
+def _with_tasks(
+    bench: Bench, last: Contender, rows: Sequence[Row]
+) -> tuple[list[Row], dict[str, Any] | None]:
+    """Put scores into the first row, the teacher's, and the last, that of the contender ``last``.
+
+    Returns the rows and what the scores depend on, None without tasks.
+    """
+    if bench.tasks.asked is None:
+        return list(rows), None
+    teacher, *others, student = rows
+    scores, facts = bench.run_tasks(
+        model_with(bench.teacher, bench.job.reader.family, last.students)
+    )
+    scored = [replace(teacher, tasks=bench.teacher_scores), *others, replace(student, tasks=scores)]
+    return scored, facts
 
 
 def _finish(
@@ -182,8 +224,10 @@ def _finish(
     done = [cell for cell in cells if board.has(cell)]
     rows: list[Row] = []
     impossible: list[Impossible] = []
+    tasks: dict[str, Any] | None = None
     for cell in done:
-        found, reason = board.read(cell)
+        found, reason, facts = board.read(cell)
+        tasks = tasks or facts
         rows += [row for row in found if row.method != TEACHER or not rows]
         if reason is not None:
             impossible.append(Impossible(**asdict(cell), reason=reason))
@@ -195,6 +239,7 @@ def _finish(
         grouping=asdict(job.grouping),
         factoring=asdict(job.factoring),
         distillation=asdict(job.distillation),
+        tasks=tasks,
         **asdict(wishes),
     )
     missing = len(cells) - len(done)

@@ -29,7 +29,20 @@ from moefuse.evaluation.report import report_json
 from moefuse.evaluation.rows import TEACHER, Row, TaskScores
 from moefuse.evaluation.tables import rich_table
 
-__all__ = ["EvaluationReport", "Quality", "evaluate", "evaluate_command", "load_model"]
+__all__ = [
+    "NO_TASKS",
+    "EvaluationReport",
+    "Quality",
+    "Scored",
+    "TaskRunner",
+    "evaluate",
+    "evaluate_command",
+    "load_model",
+    "task_runner",
+]
+
+Scored = tuple[TaskScores | None, dict[str, Any] | None]
+"""A model's scores and what they depend on (versions, items, examples); None without tasks."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +88,11 @@ def evaluate_command(
     Raises ``UserError`` for checkpoints, text, tasks and devices that cannot be used, and for a
     teacher with another tokenizer.
     """
-    if not tasks and (limit is not None or num_fewshot is not None):
-        raise UserError("--limit and --num-fewshot are about tasks; name some with --tasks.")
     paths = {"teacher": teacher, "model": model} if teacher else {"model": model}
     tokenizer = _shared_tokenizer(list(paths.values()), trust_remote_code)
-    measure_tasks = _task_runner(tasks, tokenizer, batch_size, limit, num_fewshot)
+    runner = task_runner(
+        tasks, tokenizer, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot
+    )
     text = None
     if not tasks or data or teacher:
         source = data or str(_bundled_text(model, tokenizer))
@@ -88,7 +101,7 @@ def evaluate_command(
     models = {name: load_model(path, **options)[0] for name, path in paths.items()}
     start = time.monotonic()
     qualities = {} if text is None else text.measure(models, tokenizer, batch_size, device)
-    scores = {name: measure_tasks(loaded) for name, loaded in models.items()}
+    scores = {name: runner.run(loaded) for name, loaded in models.items()}
     meta = machine_meta(
         command,
         device=device,
@@ -147,20 +160,45 @@ def _read_text(
     return _Text(sequences, documents, facts)
 
 
-def _task_runner(
+@dataclass(frozen=True)
+class TaskRunner:
+    """Tasks that are ready for models of one tokenizer.
+
+    ``asked`` holds what was asked for (``names``, ``limit``, ``num_fewshot``) as plain JSON values;
+    None where no tasks were. ``run`` measures a model on them.
+    """
+
+    asked: dict[str, Any] | None
+    run: Callable[[PreTrainedModel], Scored]
+
+
+NO_TASKS = TaskRunner(None, lambda _: (None, None))
+
+
+def task_runner(
     tasks: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
+    *,
     batch_size: int,
     limit: int | None,
     num_fewshot: int | None,
-) -> Callable[[PreTrainedModel], tuple[TaskScores | None, dict[str, Any] | None]]:
-    """Prepare ``tasks`` and return a function that gives a model's scores and facts about them."""
+) -> TaskRunner:
+    """Prepare ``tasks`` for models of ``tokenizer``; see ``prepare_tasks`` for the arguments.
+
+    ``batch_size`` is in sequences. Raises ``UserError`` for tasks that cannot be run, where the
+    extra is not installed, and for a limit or examples of no tasks.
+    """
     if not tasks:
-        return lambda _: (None, None)
+        if limit is not None or num_fewshot is not None:
+            raise UserError("--limit and --num-fewshot are about tasks; name some with --tasks.")
+        return NO_TASKS
     from moefuse.evaluation.tasks import prepare_tasks, run_tasks  # noqa: PLC0415  an extra
 
     prepared = prepare_tasks(tasks, tokenizer, limit=limit, num_fewshot=num_fewshot)
-    return lambda model: run_tasks(prepared, model, tokenizer, batch_size=batch_size)
+    asked = {"names": prepared.names, "limit": limit, "num_fewshot": num_fewshot}
+    return TaskRunner(
+        asked, lambda model: run_tasks(prepared, model, tokenizer, batch_size=batch_size)
+    )
 
 
 def _shared_tokenizer(paths: Sequence[str], trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -168,16 +168,16 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 def listing(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return titles and lines of all rows, columns without a single value left out."""
     used = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    scored = _scored(rows)
-    titles = [COLUMNS[name][0] for name in used] + [" ".join(pair) for pair in scored]
+    pairs = scored(rows)
+    titles = [COLUMNS[name][0] for name in used] + [" ".join(pair) for pair in pairs]
     lines = [
-        [_value(row, name) for name in used] + [_score(row, *pair) for pair in scored]
+        [_value(row, name) for name in used] + [_score(row, *pair) for pair in pairs]
         for row in rows
     ]
     return titles, lines
 
 
-def _scored(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def scored(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return every (task, metric) of any row, standard errors left out."""
     pairs = (
         (task, metric)

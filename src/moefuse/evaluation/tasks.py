@@ -49,6 +49,8 @@ class PreparedTasks:
 
     loaded: dict[str, Any]
     """What the harness calls a task dictionary."""
+    names: list[str]
+    """What was asked for, each once."""
     limit: int | None
 
 
@@ -79,7 +81,7 @@ def prepare_tasks(
     for name, task in loaded["tasks"].items():
         _check_runnable(name, task)
         _set_examples(task, num_fewshot)
-    return PreparedTasks(loaded, limit)
+    return PreparedTasks(loaded, names, limit)
 
 
 def run_tasks(
