@@ -203,15 +203,17 @@ class DistillConfig:
         400, "Optimiser steps per layer; 0 leaves the student one-shot.", at_least=0
     )
     batch_tokens: int = setting(1024, "Tokens in one distillation step.", at_least=1)
-    learning_rate: float = setting(2e-3, "Peak learning rate of the bases.", at_least=0, at_most=1)
+    learning_rate: float = setting(
+        2e-3, "Peak learning rate of bases and shared neurons.", at_least=0, at_most=1
+    )
     delta_learning_rate: float = setting(
         2e-3, "Peak learning rate of the deltas.", at_least=0, at_most=1
     )
     neuron_learning_rate: float = setting(
-        5e-4, "Peak learning rate of own and shared neurons in 16 bits.", at_least=0, at_most=1
+        1e-3, "Peak learning rate of own neurons in 16 bits.", at_least=0, at_most=1
     )
     code_learning_rate: float = setting(
-        2e-3, "Peak learning rate of low-bit rows and codebooks.", at_least=0, at_most=1
+        3e-3, "Peak learning rate of low-bit rows and codebooks.", at_least=0, at_most=1
     )
     scale_learning_rate: float = setting(
         1e-2, "Peak learning rate of scales and biases.", at_least=0, at_most=1

@@ -1,5 +1,6 @@
 """From bytes to neurons: budgets that hold for the true modules, and mistakes that are told."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ from moefuse.sizes import LayerPlan, Plan, layer_bytes, make_experts
 
 SHAPE = MoeShape((1, 2, 3), experts=8, top_k=2, shared_experts=1, hidden=64, intermediate=48)
 NUMBERS = 3 * 8 * 3 * 64 * 48
-LARGE = MoeShape((0, 1), experts=16, top_k=2, shared_experts=0, hidden=256, intermediate=256)
+LARGE = MoeShape((0, 1), experts=16, top_k=2, shared_experts=1, hidden=256, intermediate=256)
+ALL_ROUTED = replace(LARGE, shared_experts=0)
 
 
 def teacher(shape: MoeShape = SHAPE, itemsize: int = 2) -> Teacher:
@@ -199,6 +201,33 @@ def test_shared_neurons_where_little_is_kept(itemsize: int) -> None:
     assert shared(8.0, bits="16") == 256
     assert 0 < shared(0.1) < 256, "never more than half of the budget"
     assert (shared(1.0, shared=7), shared(0.5, shared=0)) == (7, 0)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_without_shared_experts_shared_neurons_may_take_the_whole_budget(itemsize: int) -> None:
+    whole, numbers = wish(expert_bits=1.0, bits="16"), 2 * 16 * 3 * 256 * 256
+    for share in (1 / 64, 1 / 16, 1 / 2):
+        budget = int(numbers * itemsize * share)
+        _, plans = settle(ALL_ROUTED, energies(ALL_ROUTED), budget, whole, itemsize)
+        taken = sum(layer_bytes(ALL_ROUTED, plan, itemsize) for plan in plans.values())
+        kept = 16 * 256 * share
+
+        assert 0.95 * budget <= taken <= budget
+        assert all(plan.shared == min(512, plan.shared) for plan in plans.values())
+        if kept < 512:
+            assert all(plan.shared > 0.95 * kept / (1 + 16 / 768) for plan in plans.values())
+
+
+@pytest.mark.parametrize("bits", [0.25, 1.0, 1.7])
+def test_while_most_is_lost_neurons_have_two_bits_or_none(bits: float) -> None:
+    budget = int(2 * 16 * 3 * 256 * 256 * bits / 8)
+    chosen, plans = settle(LARGE, energies(LARGE), budget, wish(expert_bits=bits), 2)
+    assert {width for plan in plans.values() for width in plan.neurons or {}} == {"2"}
+    assert {int(c) for part in chosen.values() for c in part.unique()} <= {0, LOW_BITS.index("2")}
+
+    more = int(2 * 16 * 3 * 256 * 256 * 2.5 / 8)
+    _, richer = settle(LARGE, energies(LARGE), more, wish(expert_bits=2.5), 2)
+    assert len({width for plan in richer.values() for width in plan.neurons or {}}) > 1
 
 
 def test_more_shared_neurons_than_the_budget_holds_are_told_before_work() -> None:

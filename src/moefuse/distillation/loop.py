@@ -115,7 +115,7 @@ def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
         r"delta\.": options.delta_learning_rate,
         r"scale|bias|gain\.weight": options.scale_learning_rate,
         r".*\.(latent|codebook|scale)$": options.code_learning_rate,
-        r"(own\..*|shared)\.weight$": options.neuron_learning_rate,
+        r"own\..*\.weight$": options.neuron_learning_rate,
     }
     groups: dict[float, list[nn.Parameter]] = {}
     for full_name, parameter in student.named_parameters():

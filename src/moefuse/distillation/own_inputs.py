@@ -183,8 +183,8 @@ class OwnInputs:
             pair = self.passed.leaving(number)
             hidden_BSD = pair["student"].clone()
             kept_BS = mask_BS.bool().to(hidden_BSD.device)
-            hidden_BSD[kept_BS] += output_ND.to(hidden_BSD.device, hidden_BSD.dtype)
-            self.passed.leave(number, {**pair, "student": hidden_BSD})
+            hidden_BSD[kept_BS] += output_ND.to(hidden_BSD.device)
+            self.passed.leave(number, {**pair, "student": hidden_BSD.to(pair["teacher"].dtype)})
             start = stop
         self._call = None
         self.passed.advance()
@@ -232,5 +232,5 @@ def _target(call: ExpertsCall, left: Pair, mask_BS: Tensor) -> ExpertsCall:
 
 
 def _without_experts(hidden_BSD: Tensor, experts_TD: Tensor) -> Tensor:
-    """Take what the routed experts added from what leaves their layer."""
-    return hidden_BSD - experts_TD.reshape(hidden_BSD.shape)
+    """Take what the routed experts added from what leaves their layer; fp32, as it is small."""
+    return hidden_BSD.float() - experts_TD.reshape(hidden_BSD.shape).float()

@@ -22,10 +22,16 @@ LEAST_BITS = 0.05
 SHARED_BELOW_BITS = 0.75
 """Budget, in bits per number, below which low-bit students have shared neurons: they won there."""
 SHARED_SHARE = 0.5
-"""Most of the budget that shared neurons take."""
+"""Most of the budget that shared neurons take where the teacher has shared experts as well; where
+it has none, shared neurons may take all."""
+TWO_BITS_BELOW = 1.75
+"""Budget, in bits per number, below which own neurons have two bits or none: while most energy is
+lost anyway, what a strong neuron gains by more bits is worth less than another neuron."""
 SHARED_BITS, GAIN_BITS = "2", "4"
 CODEBOOK_SHARE = 0.01
 """Share of the budget below which codebooks are too small to choose bit widths by."""
+LARGEST_CODEBOOK_SHARE = 0.1
+"""Share of the budget above which even one codebook is too large to be taken without asking."""
 ENERGY_SPREAD = 1.6
 """Standard deviation of the logarithm of neurons' energies; about what trained teachers show."""
 WIDTH_BYTES = 4
@@ -96,8 +102,10 @@ def settle(
         return _settle_apart(shape, energies, budget, size, itemsize)
     settling = _Settling(shape, energies, budget, size, itemsize)
     widths = settling.choices[1:]
-    codebooks = LayerPlan(neurons=dict.fromkeys(widths, 0))
-    if len(energies) * layer_bytes(shape, codebooks, itemsize) <= CODEBOOK_SHARE * budget:
+    few = widths == LOW_BITS[1:] and 8 * budget < TWO_BITS_BELOW * _numbers(shape)
+    if few and settling.codebook_share(("2",)) <= LARGEST_CODEBOOK_SHARE:
+        return settling.with_widths(("2",))
+    if settling.codebook_share(widths) <= CODEBOOK_SHARE:
         return settling.with_widths(widths)
     return settling.with_best_widths()
 
@@ -131,6 +139,12 @@ class _Settling:
     @property
     def choices(self) -> tuple[str, ...]:
         return choices_of(self.size)
+
+    def codebook_share(self, widths: tuple[str, ...]) -> float:
+        """Return the share of the budget that codebooks of these bit widths take."""
+        empty = LayerPlan(neurons=dict.fromkeys(widths, 0))
+        taken = len(self.energies) * layer_bytes(self.shape, empty, self.itemsize)
+        return taken / max(self.budget, 1)
 
     def with_best_widths(self) -> Settled:
         """Settle with the bit widths that lose least, found by adding one after another."""
@@ -213,8 +227,13 @@ def _shared_count(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int)
         has_shared = budget < _numbers(shape) * itemsize
     else:
         has_shared = 8 * budget <= SHARED_BELOW_BITS * _numbers(shape)
-    counts = range(1, shape.intermediate + 1)
-    return bisect_right(counts, SHARED_SHARE * budget, key=taken) if has_shared else 0
+    if not has_shared:
+        return 0
+    most, share = shape.intermediate, SHARED_SHARE
+    if not shape.shared_experts:
+        # As many neurons as a token passes in the teacher; nothing else is common to all tokens.
+        most, share = shape.top_k * shape.intermediate, 1.0
+    return bisect_right(range(1, most + 1), share * budget, key=taken)
 
 
 def _layer_plan(
