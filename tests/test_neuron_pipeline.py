@@ -36,9 +36,10 @@ from moefuse.evaluation.loading import (
 )
 from moefuse.evaluation.run import evaluate_command
 from moefuse.families import all_families
+from moefuse.fusion.allocate import LOSS, LOW_BITS
 from moefuse.modeling import load_fused
 from moefuse.modeling.modeling_moefuse import CodedRows, NeuronExperts
-from moefuse.pipeline import FuseResult, fuse
+from moefuse.pipeline import FuseResult, Job, fuse
 
 FAMILIES = sorted(all_families())
 NUMBERS = 2 * 8 * 3 * 32 * 16
@@ -315,6 +316,25 @@ def test_sizes_share_calibration_and_energies(home: Path, tmp_path: Path) -> Non
     assert counts == {"energies": 1, "distilled": 2}
 
 
+def test_the_energy_lost_is_reckoned_from_what_was_measured(home: Path, tmp_path: Path) -> None:
+    given = settings(home / "text.txt", expert_bits=3.0, steps=0)
+    teacher, work = home / "olmoe-teacher", tmp_path / "work"
+
+    plan = fuse(teacher, tmp_path / "student", given, work=work).plan
+
+    job = Job(teacher, work, given)
+    chosen, settled = job.settled
+    assert plan == settled
+    (measured,) = work.glob("energies-*")
+    lost = power = 0.0
+    for layer, choice_EF in chosen.items():
+        energy_EF = load_file(measured / f"layer-{layer:03d}.safetensors")["energy_EF"].double()
+        share_EF = choice_EF.double().apply_(lambda number: LOSS[LOW_BITS[int(number)]])
+        lost, power = lost + float((energy_EF * share_EF).sum()), power + float(energy_EF.sum())
+    assert plan.energy_lost == pytest.approx(lost / power)
+    assert plan.energy_lost != job.plan.energy_lost, "a forecast knows nothing of this teacher"
+
+
 # Words for people.
 
 
@@ -333,6 +353,13 @@ def test_json_and_tables(run: Run, home: Path) -> None:
         for layer in layers.values():
             assert sum(layer["neurons"].values()) > 0
     assert result["errors"].keys() == {"1", "2"}
+    for plan in (result["plan"], json.loads(planned.out)):
+        assert 0 < plan["energy_lost"] < 1 and 0 < plan["neurons_kept"] <= 1
+        assert "of the neurons are kept" in plan["advice"]
+    assert re.search(r"energy of the experts lost, forecast +│ [0-9.]+%", table.out), table.out
+    assert re.search(r"energy lost, from measured energies +│ [0-9.]+%", shown.out), shown.out
+    for out in (table.out, shown.out):
+        assert re.search(r"in plain words +│ (prune and )?quantise", out), out
     told = r"layers? \S+ +│ own neurons: [0-9,]+ at [0-9]+ bits?"
     assert re.search(told, table.out), table.out
     assert re.search(told, shown.out), shown.out

@@ -1,16 +1,25 @@
 """``moefuse plan`` for a device's memory: one plan, the table of common sizes, mistakes."""
 
 import json
+import re
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from running import Ran, run_here
 
 import moefuse
 from moefuse.errors import UserError
-from moefuse.planning import plan_checkpoint, plan_common_sizes, render_common_sizes
+from moefuse.planning import (
+    CommonSizes,
+    percent_lost,
+    plan_checkpoint,
+    plan_common_sizes,
+    render_common_sizes,
+)
 
 Run = Callable[..., Ran]
 TEACHER = "teacher-deepseek_v2"
@@ -78,6 +87,25 @@ def test_a_student_of_own_neurons_for_a_device(run: Run) -> None:
     assert 0 <= planned["memory"]["free"] < 0.02 * planned["teacher_bytes"]
 
 
+def test_what_a_size_costs_is_told(run: Run) -> None:
+    wish = ("--vram", room(run, 0.8), "--context", "64")
+
+    ran = run("plan", TEACHER, *wish)
+    planned = json.loads(run("plan", TEACHER, *wish, "--json").out)
+    bases = json.loads(run("plan", TEACHER, "--groups", "2", "--json").out)
+
+    assert 0 < planned["energy_lost"] < 0.5
+    assert 0.5 < planned["neurons_kept"] <= 1
+    assert planned["mean_bits"] > 4
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in ran.out.splitlines()]
+    assert ["in plain words", planned["advice"]] in cells
+    (lost,) = [c[1] for c in cells if c[:1] == ["energy of the experts lost, forecast"]]
+    assert float(lost.rstrip("%")) == pytest.approx(100 * planned["energy_lost"], abs=0.05)
+    told = ("energy_lost", "neurons_kept", "mean_bits", "advice")
+    assert all(bases[name] is None for name in told)
+    assert "in plain words" not in run("plan", TEACHER, "--groups", "2").out
+
+
 def test_groups_may_be_given_with_a_device(run: Run) -> None:
     flags = ("--vram", room(run, 0.8), "--context", "64", "--groups", "2", "--json")
 
@@ -136,6 +164,44 @@ def test_common_sizes_of_coder_v2_lite(lite: Path) -> None:
             lite, {"context": 16_384, "vram": str(fit.memory.vram), "device": "cpu"}
         )
         assert (planned.plan, planned.memory) == (fit.plan, fit.memory)
+
+
+def shown(sizes: CommonSizes, width: int) -> list[str]:
+    console = Console(width=width, file=StringIO())
+    with console.capture() as told:
+        console.print(render_common_sizes(sizes))
+    return told.get().splitlines()
+
+
+def test_common_sizes_say_what_is_kept_and_lost_in_a_line_each(lite: Path) -> None:
+    sizes = plan_common_sizes(lite, {"context": 16_384})
+
+    lines = shown(sizes, 100)
+
+    rows = [line for line in lines if line.startswith("│")]
+    assert len(rows) == 6
+    assert any(re.search(r"┃ runs +┃ +lost ┃", line) for line in lines)
+    for row, fit in zip(rows, sizes.fits, strict=True):
+        if fit.plan is None:
+            assert "the teacher as it is" in row
+        else:
+            assert re.search(r"│ ([0-9.]+% of neurons|every neuron) at [0-9.]+ bits +│", row), row
+            assert re.search(r"│ +[0-9.]+% │", row), row
+    lost = [fit.plan.energy_lost for fit in sizes.fits if fit.plan]
+    assert lost == sorted(lost, reverse=True)
+    assert sizes.to_json()["rows"][0]["plan"]["energy_lost"] == lost[0]
+
+
+def test_common_sizes_of_bases_and_deltas_have_no_forecast(lite: Path) -> None:
+    lines = shown(plan_common_sizes(lite, {"context": 16_384, "form": "low-rank"}), 100)
+
+    assert any(re.search(r"│ 4 fused experts, deltas of rank 50 +│ +│", line) for line in lines)
+
+
+def test_little_energy_lost_is_not_told_as_none() -> None:
+    shares = (0.64, 0.0083, 0.00004, 0.0)
+
+    assert [percent_lost(share) for share in shares] == ["64.0%", "0.83%", "<0.01%", "0%"]
 
 
 def test_a_device_too_small_is_a_row_that_tells_what_is_needed(lite: Path) -> None:

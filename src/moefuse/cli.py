@@ -138,7 +138,7 @@ def plan(
     revision: Revision = None,
     json_: Json = False,
 ) -> None:
-    """Choose groups and rank for a size or a device's memory, and estimate what that takes.
+    """Choose what experts become for a size or a device's memory; tell what it loses and takes.
 
     With --context alone, show what runs on devices of common sizes.
     """

@@ -50,14 +50,14 @@ from moefuse.fusion.neurons import importance
 from moefuse.fusion.plan import (
     Estimate,
     Teacher,
-    counted,
     describe_teacher,
     estimate,
     expert_budget,
     make_plan,
     matrix_rate,
+    settled_plan,
 )
-from moefuse.fusion.plan_neurons import choices_of, settle, uses_neurons
+from moefuse.fusion.plan_neurons import choices_of, uses_neurons
 from moefuse.grouping.assign import group_layer
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
@@ -172,10 +172,7 @@ class Job:
     def settled(self) -> tuple[dict[int, Tensor], Plan]:
         """Every neuron's choice of bits by the energies that were measured, and the true plan."""
         energies = {layer: self._energy(layer) for layer in self.reader.shape.layers}
-        itemsize = self.sizes.itemsize
-        budget = expert_budget(self.sizes, self.size)
-        chosen, layers = settle(self.reader.shape, energies, budget, self.size, itemsize)
-        return chosen, counted(self.sizes, layers)
+        return settled_plan(self.sizes, energies, self.size)
 
     @property
     def true_plan(self) -> Plan:

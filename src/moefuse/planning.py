@@ -24,6 +24,7 @@ from moefuse.devices import choose_device, choose_dtype, stored_dtype
 from moefuse.errors import UserError
 from moefuse.families import Family, family_of
 from moefuse.families.base import optional
+from moefuse.fusion.advice import percent_kept
 from moefuse.fusion.memory import (
     Memory,
     Needs,
@@ -46,6 +47,7 @@ from moefuse.sizes import LayerPlan, Plan
 
 COMMON_VRAM = (8, 12, 16, 24, 48, 80)
 """Sizes of common graphics cards, in GB."""
+COMMON_COLUMNS = ("memory", "runs", "energy\nlost", "parameters", "weights", "free")
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def render_plan(planned: Planned) -> Table:
     if planned.plan is None:
         table.add_row("student", "none needed: the teacher fits as it is")
     else:
-        _add_layers(table, planned.plan)
+        _add_layers(table, planned.plan, "energy of the experts lost, forecast")
     if planned.estimate is not None:
         table.add_row("time, estimated", _duration(planned.estimate.seconds))
         table.add_row("disk, student and artifacts", _bytes(planned.estimate.disk_bytes))
@@ -255,12 +257,13 @@ def render_common_sizes(sizes: CommonSizes) -> Table:
     first = sizes.fits[0].memory
     table = Table(
         title=f"{sizes.source}: what runs with {_served(sizes.serving)}",
-        caption=f"Besides weights: key-value cache {_bytes(first.cache)}, activations "
-        f"{_bytes(first.activations)}, runtime {_bytes(first.runtime)}.",
+        caption="Energy lost: share of the experts' output energy, forecast. Besides weights: "
+        f"key-value cache {_bytes(first.cache)}, activations {_bytes(first.activations)}, "
+        f"runtime {_bytes(first.runtime)}.",
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("memory", "runs", "parameters", "weights", "free"):
+    for name in COMMON_COLUMNS:
         table.add_column(name, justify="left" if name == "runs" else "right")
     for fit in sizes.fits:
         table.add_row(*_fit_cells(fit))
@@ -272,12 +275,23 @@ def _fit_cells(fit: Fit) -> tuple[str, ...]:
     assert memory.vram is not None and memory.free is not None
     device = f"{memory.vram // 10**9} GB"
     if fit.runs == "nothing":
-        return device, f"nothing; {_bytes(memory.total)} are needed at least", "", "", ""
+        return device, f"nothing; {_bytes(memory.total)} are needed at least"
     taken = _bytes(memory.weights), _bytes(memory.free)
     if fit.plan is None:
-        return device, "the teacher as it is", "", *taken
-    (runs,) = _runs(fit.plan)
-    return device, runs, _count(fit.plan.parameters), *taken
+        return device, "the teacher as it is", "", "", *taken
+    lost = "" if fit.plan.energy_lost is None else percent_lost(fit.plan.energy_lost)
+    return device, _common_words(fit.plan), lost, _count(fit.plan.parameters), *taken
+
+
+def _common_words(plan: Plan) -> str:
+    """Say in few words what every layer of a forecast becomes; a table has no room for more."""
+    if plan.neurons_kept is None or plan.mean_bits is None:
+        (runs,) = _runs(plan)
+        return runs
+    kept = plan.neurons_kept
+    some = "every neuron" if kept == 1 else f"{percent_kept(kept)} of neurons"
+    shared = max(layer.shared for layer in plan.layers.values())
+    return f"{some} at {plan.mean_bits:.1f} bits" + f", {shared:,} shared" * (shared > 0)
 
 
 def _served(serving: Serving) -> str:
@@ -300,7 +314,7 @@ def _add_memory(table: Table, serving: Serving, memory: Memory) -> None:
 def render_result(result: Any) -> Table:
     """Return a table of what ``fuse`` made."""
     table = _table(f"Fused: {result.out}")
-    _add_layers(table, result.plan)
+    _add_layers(table, result.plan, "energy lost, from measured energies")
     for layer, error in result.errors.items():
         values = f"{error['before']:.4f} one-shot, {error['after']:.4f} distilled"
         table.add_row(f"relative error, layer {layer}", values)
@@ -316,7 +330,12 @@ def _table(title: str) -> Table:
     return table
 
 
-def _add_layers(table: Table, plan: Plan) -> None:
+def _add_layers(table: Table, plan: Plan, lost: str) -> None:
+    """Add what a plan is; ``lost`` names the row of the energy lost, if that is known."""
+    if plan.advice is not None:
+        table.add_row("in plain words", plan.advice)
+    if plan.energy_lost is not None:
+        table.add_row(lost, percent_lost(plan.energy_lost))
     for told, layers in _runs(plan).items():
         table.add_row(f"layers {layers}", told)
     table.add_row("parameters", f"{_count(plan.parameters)} of {_count(plan.teacher_parameters)}")
@@ -359,6 +378,13 @@ def _count(number: int) -> str:
 
 def _bytes(number: int) -> str:
     return f"{number / 1e9:.3f} GB" if number >= 1e8 else f"{number / 1e6:.3f} MB"
+
+
+def percent_lost(share: float) -> str:
+    """Write a share of energy as a percentage; only nothing is 0%."""
+    if 0 < share < 1e-4:
+        return "<0.01%"
+    return f"{share:.1%}" if share >= 0.01 else f"{share:.2%}" if share else "0%"
 
 
 def _duration(seconds: float) -> str:

@@ -35,7 +35,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the student will be: its layers and its true sizes, in numbers and in bytes."""
+    """What the student will be: its layers and its true sizes, in numbers and in bytes.
+
+    Of own neurons it also says what they cost in quality: ``energy_lost`` is the share of the
+    routed experts' output energy that is lost (see ``allocate.predicted_loss``; before calibration
+    a forecast), ``neurons_kept`` the share of the neurons that is kept, both 0 to 1, ``mean_bits``
+    the bits of a number of these, and ``advice`` what all that amounts to. They are None for shared
+    bases and deltas, whose loss nothing foretells.
+    """
 
     layers: dict[int, LayerPlan]
     parameters: int
@@ -45,6 +52,10 @@ class Plan:
     expert_bytes: int
     teacher_parameters: int
     teacher_bytes: int
+    energy_lost: float | None = None
+    neurons_kept: float | None = None
+    mean_bits: float | None = None
+    advice: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -244,7 +244,7 @@ def test_a_forecast_keeps_the_budget_too(bits: str, itemsize: int) -> None:
     for expert_bits in (0.3, 1.0, 4.0, 8.0, 15.9):
         budget = int(2 * 16 * 3 * 256 * 256 * expert_bits / 8)
 
-        plans = forecast(LARGE, budget, wish(expert_bits=1.0, bits=bits), itemsize)
+        plans, _ = forecast(LARGE, budget, wish(expert_bits=1.0, bits=bits), itemsize)
 
         used = sum(layer_bytes(LARGE, plan, itemsize) for plan in plans.values())
         assert list(plans) == [0, 1]

@@ -97,6 +97,7 @@ def predicted_loss(
 ) -> float:
     """Return the share of the routed experts' energy that is lost, 0 to 1.
 
+    What shared neurons give back of dropped ones does not count, nor what distillation mends.
     Where there is no energy, the share of neurons counts, as if all were of the same energy.
     """
     loss_C = torch.tensor([LOSS[bits] for bits in choices], dtype=torch.float64)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moefuse.checkpoint.headers import TensorInfo
 from moefuse.config import (
@@ -24,7 +25,16 @@ from moefuse.config import (
 )
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape
-from moefuse.fusion.plan_neurons import forecast, least_bytes, most_bytes, uses_neurons
+from moefuse.fusion.advice import advise, kept_share, mean_bits
+from moefuse.fusion.allocate import predicted_loss
+from moefuse.fusion.plan_neurons import (
+    choices_of,
+    forecast,
+    least_bytes,
+    most_bytes,
+    settle,
+    uses_neurons,
+)
 from moefuse.sizes import (
     LayerPlan,
     Plan,
@@ -114,7 +124,8 @@ def make_plan(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Plan:
     """
     if uses_neurons(size):
         budget = expert_budget(teacher, size)
-        return counted(teacher, forecast(teacher.shape, budget, size, teacher.itemsize))
+        layers, lost = forecast(teacher.shape, budget, size, teacher.itemsize)
+        return counted(teacher, layers, lost)
     groups, rank = _choose(teacher, size, factor)
     layer = LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
     return _counted(teacher, layer)
@@ -142,8 +153,27 @@ def expert_budget(teacher: Teacher, size: SizeConfig) -> int:
     return min(budget, most_bytes(teacher.shape, teacher.itemsize))
 
 
-def counted(teacher: Teacher, layers: dict[int, LayerPlan]) -> Plan:
-    """Return the plan of a student whose layers are ``layers``, its sizes counted."""
+def settled_plan(
+    teacher: Teacher, energies: Mapping[int, Tensor], size: SizeConfig
+) -> tuple[dict[int, Tensor], Plan]:
+    """Choose own neurons by measured ``energies``, each layer's (E, F), and count what they are.
+
+    Returns each layer's (E, F) numbers of a choice in ``choices_of(size)``, and the true plan.
+    Raises ``UserError`` for a budget that cannot be met.
+    """
+    budget = expert_budget(teacher, size)
+    chosen, layers = settle(teacher.shape, energies, budget, size, teacher.itemsize)
+    lost = predicted_loss(energies, chosen, choices_of(size))
+    return chosen, counted(teacher, layers, lost)
+
+
+def counted(
+    teacher: Teacher, layers: dict[int, LayerPlan], energy_lost: float | None = None
+) -> Plan:
+    """Return the plan of a student whose layers are ``layers``, its sizes counted.
+
+    ``energy_lost`` is the share of the experts' energy that it loses, 0 to 1, where known.
+    """
     shape = teacher.shape
     experts = sum(layer_parameters(shape, layer) for layer in layers.values())
     active = sum(active_parameters(shape, layer) for layer in layers.values())
@@ -157,6 +187,10 @@ def counted(teacher: Teacher, layers: dict[int, LayerPlan]) -> Plan:
         expert_bytes=expert_bytes,
         teacher_parameters=teacher.parameters,
         teacher_bytes=teacher.outside_bytes + teacher.expert_parameters * teacher.itemsize,
+        energy_lost=energy_lost,
+        neurons_kept=kept_share(shape, layers),
+        mean_bits=mean_bits(layers, teacher.itemsize),
+        advice=advise(shape, layers, teacher.itemsize),
     )
 
 

@@ -67,10 +67,13 @@ def most_bytes(shape: MoeShape, itemsize: int) -> int:
     return _numbers(shape) * itemsize + len(shape.layers) * shape.experts * WIDTH_BYTES
 
 
-def forecast(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int) -> dict[int, LayerPlan]:
+def forecast(
+    shape: MoeShape, budget: int, size: SizeConfig, itemsize: int
+) -> tuple[dict[int, LayerPlan], float]:
     """Plan every layer for ``budget`` bytes of routed experts as if all layers were typical.
 
-    Raises ``UserError`` where the shared neurons that were asked for leave no room.
+    Returns the plans and the share of the experts' energy that they lose, 0 to 1. Raises
+    ``UserError`` where the shared neurons that were asked for leave no room.
     """
     first = shape.layers[0]
     count = shape.experts * shape.intermediate
@@ -79,8 +82,10 @@ def forecast(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int) -> d
     # Every expert gets its share of strong neurons and of weak ones.
     energy_EF = energy_N.view(-1, shape.experts).T
     typical = replace(shape, layers=(first,))
-    _, plans = settle(typical, {first: energy_EF}, budget // len(shape.layers), size, itemsize)
-    return dict.fromkeys(shape.layers, plans[first])
+    energies = {first: energy_EF}
+    chosen, plans = settle(typical, energies, budget // len(shape.layers), size, itemsize)
+    lost = predicted_loss(energies, chosen, choices_of(size))
+    return dict.fromkeys(shape.layers, plans[first]), lost
 
 
 def settle(
