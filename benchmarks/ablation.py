@@ -109,6 +109,7 @@ def neuron_parts(job: Job) -> Parts:
         ("budget spread within layers only", {"spread": "layer"}),
         ("no gradients: raw output energy, squared error", {"sensitivity_tokens": 0}),
         ("distilled by squared error", {"loss": "output"}),
+        ("distilled on the teacher's inputs", {"inputs": "teacher"}),
         *((name, {"shared": count}) for name, count in shared if count != planned),
         ("no distillation", {"steps": 0}),
     ]
