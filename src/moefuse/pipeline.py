@@ -457,6 +457,11 @@ class Job:
         """Train each layer's student against what the teacher's layer returned, or should have."""
         if not self.distillation.steps:
             return
+        for layer in self.reader.shape.layers:
+            if self.uses_neurons:
+                self._artifact(self.energies_directory, layer, "safetensors", "group")
+            else:
+                self._artifact(self.factors_directory, layer, "safetensors", "factor")
         if self.on_own_inputs:
             self._distill_in_order()
             return
