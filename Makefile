@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check quality ablation spectra benchmarks clean
+.PHONY: demo test check quality arena ablation spectra benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -21,6 +21,10 @@ check: $(VENV)/developing
 # The long comparison behind the README's table: rivals distilled too, three seeds.
 quality: $(VENV)/installed
 	$(BIN)/python benchmarks/quality.py
+
+# This design against every rival at equal bytes and at equal parameters; hours on two cores.
+arena: $(VENV)/installed
+	$(BIN)/python benchmarks/arena.py
 
 # What each part of the method is worth, one removed at a time, three seeds.
 ablation: $(VENV)/installed

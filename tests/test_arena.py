@@ -136,6 +136,15 @@ def test_parts_make_the_whole(teacher: Path, tmp_path: Path) -> None:
     assert {row.seed for row in whole.rows[1:]} == {0, 1}
 
 
+def test_a_report_holds_what_earlier_commands_measured(teacher: Path, tmp_path: Path) -> None:
+    first = compared(teacher, tmp_path, Wishes(("reap",), (0.5,), 1, bits=(16,)))
+    both = compared(teacher, tmp_path, Wishes(("signs",), (0.5,), 1))
+    kept = [row for row in timeless(both.rows) if row.method == "reap"]
+    assert kept == timeless(first.rows)[1:]
+    assert {row.method for row in both.rows} == {"teacher", "reap", "signs"}
+    assert both.missing == 0
+
+
 def test_a_killed_run_goes_on(teacher: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(teacher.parent)
     command = ("compare", "teacher", tmp_path / "out", *FEW, *FLAGS)

@@ -445,6 +445,7 @@ class Job:
             chosen[layer].to(self.device),
             choices_of(self.size),
             plan.layers[layer],
+            self.metric_root(layer),
         )
 
     def _error(self, layer: int, module: torch.nn.Module) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moefuse.fusion.allocate import FULL, LOW_BITS
 from moefuse.fusion.keep import Kept, fit_shared_gains, keep, layer_neurons, shared_neurons
-from moefuse.fusion.neurons import importance
+from moefuse.fusion.neurons import importance, neurons
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
 from moefuse.modeling.naive import own_neurons
@@ -168,6 +168,34 @@ def test_a_call_of_no_tokens_gives_no_gains() -> None:
     made = kept(best(10), FULL, nothing, shared=3)
 
     assert not made.module.gain.weight.any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_without_own_neurons_shared_ones_are_fitted_to_the_whole_layer(metric: bool) -> None:
+    root_DD = torch.linalg.cholesky(torch.eye(D) + 5 * torch.ones(D, D)) if metric else None
+    felt_DD = torch.eye(D) if root_DD is None else root_DD
+    nothing_EF = torch.zeros(E, F, dtype=torch.long)
+
+    def felt(values_PSD: Tensor) -> float:
+        gate_up_SD = torch.cat([values_PSD[0], values_PSD[1]])
+        passed_TS = neurons(EXPERTS, gate_up_SD, CALL.x_TD) * CALL.weight_TK.sum(1, keepdim=True)
+        return float(((CALL.y_TD - passed_TS @ values_PSD[2]) @ felt_DD).square().sum())
+
+    layer = LayerPlan(neurons={}, shared=6)
+    made = keep(EXPERTS, CALL, ENERGY_EF, nothing_EF, FULL, layer, root_DD)
+    values_PSD = made.module.shared.weight.detach()  # type: ignore[union-attr, operator]
+    rows_PND = layer_neurons(EXPERTS)
+
+    assert made.module.gain.weight.eq(1).all()  # type: ignore[union-attr]
+    for place in range(6):
+        same_N = (rows_PND[:2] == values_PSD[:2, place : place + 1]).all(-1).all(0)
+        assert same_N.sum() == 1
+    for seed in range(3):
+        other_PSD = values_PSD.clone()
+        other_PSD[2] += 0.02 * normal(6, D, seed=seed)
+        assert felt(values_PSD) < felt(other_PSD), "down rows are what fits best"
+    strongest_PSD = rows_PND[:, shared_neurons(ENERGY_EF, nothing_EF.bool(), 6)]
+    assert felt(values_PSD) < felt(strongest_PSD)
 
 
 def test_the_twin_starts_as_what_is_stored() -> None:

@@ -180,6 +180,13 @@ class Board:
         rows = [row_from_json(item) for item in found["rows"]]
         return rows, found["impossible"], found.get("tasks")
 
+    def others(self, cells: Sequence[Cell]) -> list[Cell]:
+        """List the finished cells besides ``cells`` that were measured with the same settings."""
+        names = {cell.name for cell in cells}
+        paths = sorted(self.directory.glob("*.json"))
+        found = [artifacts.read_json(path) for path in paths if path.stem not in names]
+        return [Cell(**item["cell"]) for item in found if item["settings"] == self.settings]
+
 
 def measure_cell(bench: Bench, cell: Cell, text: HeldOut) -> dict[str, Any]:
     """Make and measure one cell: its ``rows`` as JSON values, or why it is ``impossible``.
@@ -220,8 +227,12 @@ def _with_tasks(
 def _finish(
     out: Path, board: Board, cells: Sequence[Cell], job: Job, text: HeldOut, wishes: Wishes
 ) -> Comparison:
-    """Gather all cells and, if none is missing, write the report."""
-    done = [cell for cell in cells if board.has(cell)]
+    """Gather all cells and, if none is missing, write the report.
+
+    What earlier commands measured with the same settings, other methods, say, stands in it too.
+    """
+    asked_for = [cell for cell in cells if board.has(cell)]
+    done = [*asked_for, *board.others(cells)]
     rows: list[Row] = []
     impossible: list[Impossible] = []
     tasks: dict[str, Any] | None = None
@@ -242,7 +253,7 @@ def _finish(
         tasks=tasks,
         **asdict(wishes),
     )
-    missing = len(cells) - len(done)
+    missing = len(cells) - len(asked_for)
     comparison = Comparison(out, meta, rows, impossible, missing)
     if not missing:
         with alone(job.work / "report.lock"):

@@ -1,7 +1,7 @@
 """Make a layer of neuron experts: own neurons at their bits, and shared ones with fitted gains.
 
 Shape suffixes: T tokens, N rows of one expert, E experts, F neurons of an expert, D hidden width,
-S shared neurons, O neurons of one number of bits, P parts (gate, up, down).
+S shared neurons, C candidates for them, O neurons of one number of bits, P parts (gate, up, down).
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moefuse.fusion.neurons import fit_gains, neurons, rows_of_expert
+from moefuse.fusion.neurons import RIDGE, fit_gains, neurons, rows_of_expert
 from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.mathematics.selection import forward_selection
 from moefuse.modeling.modeling_moefuse import CodedRows, NeuronExperts, by_bits
 from moefuse.modeling.training import TrainedNeuronExperts, encode
 from moefuse.sizes import LayerPlan, make_neuron_experts
+
+CANDIDATES = 4096
+"""Neurons at least, the strongest, out of which those that stand for a whole layer are chosen."""
 
 
 def layer_neurons(experts: Experts) -> Tensor:
@@ -51,11 +55,14 @@ def keep(
     bits_EF: Tensor,
     choices: tuple[str, ...],
     plan: LayerPlan,
+    metric_root_DD: Tensor | None = None,
 ) -> Kept:
     """Make one layer's neuron experts.
 
     ``experts`` and ``call`` in fp32 on one device; ``energy_EF`` (E, F); ``bits_EF`` (E, F) the
-    numbers of a choice in ``choices``; ``plan`` says what the module looks like.
+    numbers of a choice in ``choices``; ``plan`` says what the module looks like. Where no expert
+    keeps a neuron of its own, shared ones stand for the whole layer (see ``basis_neurons``, which
+    takes ``metric_root_DD``); otherwise for what experts do not keep.
     """
     hidden = experts.gate_up_EFD.shape[2]
     module = make_neuron_experts(hidden, len(bits_EF), plan, experts.activation)
@@ -68,9 +75,12 @@ def keep(
         values_POD = rows_PND[:, mine_EF.flatten().nonzero().flatten()]
         _put(module.own[f"bits{bits}"], f"own.bits{bits}", values_POD, latents)
     if plan.shared:
-        shared_S = shared_neurons(energy_EF, bits_EF > 0, plan.shared)
-        values_PSD = rows_PND[:, shared_S]
-        gain_ES = fit_shared_gains(experts, call, bits_EF > 0, values_PSD)
+        if plan.neurons:
+            values_PSD = rows_PND[:, shared_neurons(energy_EF, bits_EF > 0, plan.shared)]
+            gain_ES = fit_shared_gains(experts, call, bits_EF > 0, values_PSD)
+        else:
+            values_PSD = basis_neurons(experts, call, energy_EF, plan.shared, metric_root_DD)
+            gain_ES = values_PSD.new_ones(len(bits_EF), plan.shared)
         _put(module.shared, "shared", values_PSD, latents)
         _put(module.gain, "gain", gain_ES.unsqueeze(0), latents)
     return Kept(module.requires_grad_(True), latents)
@@ -83,6 +93,32 @@ def _put(rows: nn.Module | None, name: str, values: Tensor, latents: dict[str, T
         latents[name] = values
     else:
         rows.weight.copy_(values)  # type: ignore[union-attr, operator]
+
+
+def basis_neurons(
+    experts: Experts,
+    call: ExpertsCall,
+    energy_EF: Tensor,
+    count: int,
+    metric_root_DD: Tensor | None,
+) -> Tensor:
+    """Return neurons that all experts share alike and that stand for the whole layer, (P, S, D).
+
+    They are chosen so that together they explain most of what the layer returns (see
+    ``forward_selection``), where the strongest would say the same things over and over; their down
+    rows are what fits best, errors compared as ``metric_root_DD`` (D, D, lower triangular) has it,
+    or as they are.
+    """
+    candidate_C = energy_EF.flatten().sort(descending=True, stable=True).indices
+    rows_PCD = layer_neurons(experts)[:, candidate_C[: max(CANDIDATES, 2 * count)]]
+    passed_TC = neurons(experts, torch.cat([rows_PCD[0], rows_PCD[1]]), call.x_TD)
+    passed_TC = passed_TC * call.weight_TK.sum(1, keepdim=True)
+    root_DD = metric_root_DD
+    target_TD = call.y_TD if root_DD is None else call.y_TD @ root_DD
+    chosen_S, down_SD = forward_selection(passed_TC, target_TD, count, ridge=RIDGE)
+    if root_DD is not None:
+        down_SD = torch.linalg.solve_triangular(root_DD, down_SD, upper=False, left=False)
+    return torch.stack([rows_PCD[0, chosen_S], rows_PCD[1, chosen_S], down_SD])
 
 
 def fit_shared_gains(

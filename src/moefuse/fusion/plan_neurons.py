@@ -14,7 +14,7 @@ from torch import Tensor
 from moefuse.config import SizeConfig
 from moefuse.errors import UserError
 from moefuse.families import MoeShape
-from moefuse.fusion.allocate import FULL, LOW_BITS, allocate, predicted_loss
+from moefuse.fusion.allocate import FULL, LOW_BITS, allocate, neuron_bytes, predicted_loss
 from moefuse.sizes import LayerPlan, layer_bytes
 
 LEAST_BITS = 0.05
@@ -24,9 +24,9 @@ SHARED_BELOW_BITS = 0.75
 SHARED_SHARE = 0.5
 """Most of the budget that shared neurons take where the teacher has shared experts as well; where
 it has none, shared neurons may take all."""
-TWO_BITS_BELOW = 1.75
-"""Budget, in bits per number, below which own neurons have two bits or none: while most energy is
-lost anyway, what a strong neuron gains by more bits is worth less than another neuron."""
+FEW_BITS = "2"
+"""What neurons have, or nothing, while the budget does not give it to all of them: as long as
+neurons are lost, more bits for strong ones are worth less than more neurons."""
 SHARED_BITS, GAIN_BITS = "2", "4"
 CODEBOOK_SHARE = 0.01
 """Share of the budget below which codebooks are too small to choose bit widths by."""
@@ -107,9 +107,11 @@ def settle(
         return _settle_apart(shape, energies, budget, size, itemsize)
     settling = _Settling(shape, energies, budget, size, itemsize)
     widths = settling.choices[1:]
-    few = widths == LOW_BITS[1:] and 8 * budget < TWO_BITS_BELOW * _numbers(shape)
-    if few and settling.codebook_share(("2",)) <= LARGEST_CODEBOOK_SHARE:
-        return settling.with_widths(("2",))
+    neurons = len(shape.layers) * shape.experts * shape.intermediate
+    few = budget < neurons * neuron_bytes(shape.hidden, FEW_BITS, itemsize)
+    affordable = settling.codebook_share((FEW_BITS,)) <= LARGEST_CODEBOOK_SHARE
+    if widths == LOW_BITS[1:] and few and affordable:
+        return settling.with_widths((FEW_BITS,))
     if settling.codebook_share(widths) <= CODEBOOK_SHARE:
         return settling.with_widths(widths)
     return settling.with_best_widths()
@@ -174,6 +176,9 @@ class _Settling:
         allowed = ("0", *widths)
         number = torch.tensor([self.choices.index(bits) for bits in allowed])
         room = self.budget
+        if shared and not self.shape.shared_experts and shared < _most_shared(self.shape):
+            # They took the budget; what is left of it would give few layers a neuron of their own.
+            room = 0
         while True:
             hidden = self.shape.hidden
             found = allocate(self.energies, hidden, room, allowed, self.itemsize)
@@ -234,11 +239,17 @@ def _shared_count(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int)
         has_shared = 8 * budget <= SHARED_BELOW_BITS * _numbers(shape)
     if not has_shared:
         return 0
-    most, share = shape.intermediate, SHARED_SHARE
-    if not shape.shared_experts:
-        # As many neurons as a token passes in the teacher; nothing else is common to all tokens.
-        most, share = shape.top_k * shape.intermediate, 1.0
-    return bisect_right(range(1, most + 1), share * budget, key=taken)
+    share = SHARED_SHARE if shape.shared_experts else 1.0
+    return bisect_right(range(1, _most_shared(shape) + 1), share * budget, key=taken)
+
+
+def _most_shared(shape: MoeShape) -> int:
+    """Return how many neurons a layer shares at most without being asked to.
+
+    Without shared experts nothing else is common to all tokens: as many as a token passes in the
+    teacher.
+    """
+    return shape.intermediate * (1 if shape.shared_experts else shape.top_k)
 
 
 def _layer_plan(
