@@ -49,13 +49,15 @@ def allocate(
     """Choose every neuron's bits: (E, F) numbers of a choice in ``choices``, by layer.
 
     ``energies`` holds each layer's (E, F) energies, comparable over layers; all neurons together
-    take at most ``budget`` bytes. Of equal worth the first neurons come first. Neurons of no energy
+    take at most ``budget`` bytes, or what the first choice takes for all of them: no neuron has
+    less than that. Of equal worth the first neurons come first. Neurons of no energy
     (those of experts that no token chose) come last, all to the same bits as far as bytes reach.
     """
     energy_N = torch.cat([energy.flatten() for energy in energies.values()]).double().cpu()
     cost_C = torch.tensor([neuron_bytes(hidden, bits, itemsize) for bits in choices])
     stairs_U = _stairs(cost_C.tolist(), [LOSS[bits] for bits in choices])
     step_U = cost_C[stairs_U].diff()
+    budget -= len(energy_N) * int(cost_C[stairs_U[0]])
     loss_C = torch.tensor([LOSS[bits] for bits in choices], dtype=torch.float64)
     worth_UN = (-loss_C[stairs_U].diff() / step_U).unsqueeze(-1) * energy_N
     order = worth_UN.flatten().sort(descending=True, stable=True).indices
@@ -70,7 +72,7 @@ def allocate(
 
 
 def _stairs(cost: list[int], loss: list[float]) -> Tensor:
-    """Return the choices on the lower convex hull of cost and loss, from nothing to the best.
+    """Return the choices on the lower convex hull of cost and loss, from the first to the best.
 
     A choice above the line between two others is never worth its bytes.
     """

@@ -22,11 +22,12 @@ LEAST_BITS = 0.05
 SHARED_BELOW_BITS = 0.75
 """Budget, in bits per number, below which low-bit students have shared neurons: they won there."""
 SHARED_SHARE = 0.5
-"""Most of the budget that shared neurons take where the teacher has shared experts as well; where
-it has none, shared neurons may take all."""
-FEW_BITS = "2"
-"""What neurons have, or nothing, while the budget does not give it to all of them: as long as
-neurons are lost, more bits for strong ones are worth less than more neurons."""
+"""Most of the budget that shared neurons take; all of it in 16 bits where the teacher has no shared
+experts."""
+ONE_BIT_BELOW = 0.75
+"""Budget, in bits per number, below which own neurons have one bit each or none; above it two or
+none while not all can have two. As long as neurons are lost, more bits for strong ones are worth
+less than more neurons (docs/research.md)."""
 SHARED_BITS, GAIN_BITS = "2", "4"
 CODEBOOK_SHARE = 0.01
 """Share of the budget below which codebooks are too small to choose bit widths by."""
@@ -107,11 +108,15 @@ def settle(
         return _settle_apart(shape, energies, budget, size, itemsize)
     settling = _Settling(shape, energies, budget, size, itemsize)
     widths = settling.choices[1:]
-    neurons = len(shape.layers) * shape.experts * shape.intermediate
-    few = budget < neurons * neuron_bytes(shape.hidden, FEW_BITS, itemsize)
-    affordable = settling.codebook_share((FEW_BITS,)) <= LARGEST_CODEBOOK_SHARE
-    if widths == LOW_BITS[1:] and few and affordable:
-        return settling.with_widths((FEW_BITS,))
+    if widths == LOW_BITS[1:]:
+        few = "1" if 8 * budget < ONE_BIT_BELOW * _numbers(shape) else "2"
+        neurons = len(shape.layers) * shape.experts * shape.intermediate
+        all_at_two = neurons * neuron_bytes(shape.hidden, "2", itemsize)
+        affordable = settling.codebook_share((few,)) <= LARGEST_CODEBOOK_SHARE
+        if budget < all_at_two and affordable:
+            return settling.with_widths((few,))
+        if all_at_two + settling.codebook_share(widths) * budget <= budget:
+            return settling.with_widths(widths[1:], least=())
     if settling.codebook_share(widths) <= CODEBOOK_SHARE:
         return settling.with_widths(widths)
     return settling.with_best_widths()
@@ -170,13 +175,14 @@ class _Settling:
             least = min(losses)
             best, tried = found[losses.index(least)]
 
-    def with_widths(self, widths: tuple[str, ...]) -> Settled:
-        """Settle with neurons of these bit widths only."""
+    def with_widths(self, widths: tuple[str, ...], least: tuple[str, ...] = ("0",)) -> Settled:
+        """Settle with neurons of these bit widths only; with no ``least``, all are kept."""
         shared = _shared_count(self.shape, self.budget, self.size, self.itemsize)
-        allowed = ("0", *widths)
+        allowed = (*least, *widths)
         number = torch.tensor([self.choices.index(bits) for bits in allowed])
         room = self.budget
-        if shared and not self.shape.shared_experts and shared < _most_shared(self.shape):
+        share = _shared_share(self.shape, self.choices)
+        if shared and share == 1 and shared < _most_shared(self.shape):
             # They took the budget; what is left of it would give few layers a neuron of their own.
             room = 0
         while True:
@@ -239,8 +245,13 @@ def _shared_count(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int)
         has_shared = 8 * budget <= SHARED_BELOW_BITS * _numbers(shape)
     if not has_shared:
         return 0
-    share = SHARED_SHARE if shape.shared_experts else 1.0
+    share = _shared_share(shape, choices)
     return bisect_right(range(1, _most_shared(shape) + 1), share * budget, key=taken)
+
+
+def _shared_share(shape: MoeShape, choices: tuple[str, ...]) -> float:
+    """Return the most of the budget that shared neurons take without being asked to."""
+    return 1.0 if choices == FULL and not shape.shared_experts else SHARED_SHARE
 
 
 def _most_shared(shape: MoeShape) -> int:
