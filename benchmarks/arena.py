@@ -3,7 +3,7 @@
 Every rival is measured with one seed; this design and the rivals that came near it, with three.
 ``moefuse compare`` does the work, one command after another on the same output, which its report
 gathers. Several processes with ``--part 0/16`` to ``--part 15/16`` share it; the one that finishes
-last leaves the report in benchmarks/results/NAME.
+last leaves the report in benchmarks/results/NAME and the tables in README.md, between its marks.
 
 Run it by ``make arena``, or for another teacher with ``--checkpoint`` and ``--name``.
 """
@@ -17,10 +17,21 @@ import typer
 
 from moefuse import demo
 from moefuse.arena.cells import FUSED, FUSED_BF16, Wishes
-from moefuse.arena.report import COMPARISON, PARAMETERS_PLOT, PLOT
+from moefuse.arena.front import ratio_table, ratio_table_16_bits
+from moefuse.arena.report import COMPARISON, PARAMETERS_PLOT, PLOT, ratio_lines
 from moefuse.arena.run import compare
+from moefuse.artifacts import write_text
+from moefuse.evaluation.report import read_report
+from moefuse.evaluation.tables import markdown
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- arena: begin -->", "<!-- arena: end -->"
+TEACHERS = {
+    "arena": "The bundled teacher (DeepSeek-V2 style, with shared experts)",
+    "arena-qwen3_moe": "A second teacher (Qwen3-MoE style, no shared experts)",
+}
+"""What is said of the reports that README.md quotes."""
 PARAMETERS = (0.25, 0.125, 0.0625, 0.03125)
 """Shares of the routed experts' parameters, all in 16 bits."""
 BYTES = (0.125, 0.09375, 0.0625, 0.03125, 0.015625)
@@ -79,6 +90,32 @@ def main(
         kept.mkdir(parents=True, exist_ok=True)
         for file in (COMPARISON, "compare.md", PLOT, PARAMETERS_PLOT):
             shutil.copyfile(out / file, kept / file)
+        write_readme()
+
+
+def write_readme() -> None:
+    """Replace what stands between the marks in README.md by the ratios of the reports kept."""
+    parts = [part for name, told in TEACHERS.items() for part in _ratios(RESULTS / name, told)]
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    write_text(readme, before + "\n\n".join([BEGIN, *parts, END]) + after)
+
+
+def _ratios(report: Path, told: str) -> list[str]:
+    """Return one report's tables, Markdown; nothing where there is no report."""
+    if not (report / COMPARISON).exists():
+        return []
+    meta, rows = read_report(report / COMPARISON)
+    titles = ["Budget, bits per number", "This design", "Best rival", "Rival's KL / ours"]
+    return [
+        f"{told}, equal true bytes:",
+        markdown(titles, ratio_lines(ratio_table(rows))),
+        f"{told}, equal parameters, all in 16 bits:",
+        markdown(titles, ratio_lines(ratio_table_16_bits(rows))),
+        f"Written by `benchmarks/arena.py` from [the report]"
+        f"(benchmarks/results/{report.name}/compare.md), commit `{meta['commit'][:7]}`.",
+    ]
 
 
 if __name__ == "__main__":
