@@ -17,6 +17,7 @@ from moefuse.errors import UserError
 from moefuse.evaluation.loading import count_active_parameters, count_parameters
 from moefuse.families import MoeShape, family_of
 from moefuse.fusion.plan import (
+    Estimate,
     Teacher,
     default_rank,
     describe_teacher,
@@ -311,6 +312,29 @@ def test_an_estimate_grows_with_what_must_be_done() -> None:
     assert seconds() < seconds(tokens=2 * 10**6)
     assert seconds() < seconds(steps=200)
     assert seconds() > seconds(rate=2e12)
+
+
+def test_an_estimate_knows_of_own_inputs_and_gradients() -> None:
+    def found(distill: DistillConfig, sensitivity: int = 0, **size: Any) -> Estimate:
+        return estimate(
+            lite(),
+            planned(lite(), **size),
+            CalibrateConfig(tokens=10**6, sensitivity_tokens=sensitivity),
+            distill,
+            FactorConfig(),
+            working_itemsize=2,
+            rate=1e12,
+        )
+
+    teachers, own = DistillConfig(inputs="teacher"), DistillConfig(inputs="student")
+    for size in ({"groups": 8, "rank": 8}, {"expert_bits": 2.0}):
+        assert found(own, **size).seconds > found(teachers, **size).seconds
+        assert found(own, **size).disk_bytes > found(teachers, **size).disk_bytes
+    as_it_is = DistillConfig()
+    assert found(as_it_is, expert_bits=2.0) == found(own, expert_bits=2.0)
+    assert found(as_it_is, groups=8, rank=8) == found(teachers, groups=8, rank=8)
+    assert found(own, 8192, expert_bits=2.0).seconds > found(own, expert_bits=2.0).seconds
+    assert found(as_it_is, 8192, groups=8, rank=8) == found(as_it_is, groups=8, rank=8)
 
 
 def test_disk_holds_the_student_and_what_every_layer_received_and_returned() -> None:

@@ -321,10 +321,14 @@ def estimate(
     )
     student = plan.active_parameters - teacher.outside
     seen = distill.steps * distill.batch_tokens
-    operations = 2 * used * tokens + 6 * student * seen
-    read = 2 * plan.teacher_bytes / READ_BYTES_PER_SECOND
+    own = _follows_own_inputs(plan, distill)
+    # Calibration passes the text once, gradients pass some of it forth and back, and own inputs
+    # pass it on two paths.
+    passed = tokens * (1 + 2 * own) + 3 * _felt_tokens(plan, calibrate, distill)
+    operations = 2 * used * passed + 6 * student * seen
+    read = (2 + own) * plan.teacher_bytes / READ_BYTES_PER_SECOND
     call = tokens * (2 * shape.hidden * working_itemsize + shape.top_k * 8)
-    hidden = 2 * tokens * shape.hidden * working_itemsize
+    hidden = (2 + 3 * own) * tokens * shape.hidden * working_itemsize
     factors = 2 * plan.expert_parameters * 4
     layer = shape.experts * 3 * shape.hidden * shape.intermediate + teacher.largest_outside_layer
     streaming = (layer + teacher.embedding) * working_itemsize + READ_BUFFER_BYTES
@@ -334,6 +338,22 @@ def estimate(
         disk_bytes=plan.bytes + factors + layers * call + hidden,
         memory_bytes=RUNTIME_BYTES + max(streaming, distilling, fitting_bytes(plan, shape, factor)),
     )
+
+
+def _has_neurons(plan: Plan) -> bool:
+    return any(layer.neurons is not None for layer in plan.layers.values())
+
+
+def _follows_own_inputs(plan: Plan, distill: DistillConfig) -> bool:
+    """Say whether layers will be distilled above the students of lower ones."""
+    wished = distill.inputs == "student" or (distill.inputs == "auto" and _has_neurons(plan))
+    return wished and distill.steps > 0
+
+
+def _felt_tokens(plan: Plan, calibrate: CalibrateConfig, distill: DistillConfig) -> int:
+    """Return how many tokens gradients will be taken of."""
+    felt = _has_neurons(plan) or distill.loss == "logits"
+    return calibrate.sensitivity_tokens if felt else 0
 
 
 def fitting_bytes(plan: Plan, shape: MoeShape, factor: FactorConfig) -> int:
