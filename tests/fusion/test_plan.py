@@ -327,13 +327,13 @@ def test_an_estimate_knows_of_own_inputs_and_gradients() -> None:
         )
 
     teachers, own = DistillConfig(inputs="teacher"), DistillConfig(inputs="student")
-    for size in ({"groups": 8, "rank": 8}, {"expert_bits": 2.0}):
+    for size in ({"groups": 8, "rank": 8}, {"form": "auto", "expert_bits": 2.0}):
         assert found(own, **size).seconds > found(teachers, **size).seconds
         assert found(own, **size).disk_bytes > found(teachers, **size).disk_bytes
     as_it_is = DistillConfig()
-    assert found(as_it_is, expert_bits=2.0) == found(own, expert_bits=2.0)
+    assert found(as_it_is, **size) == found(own, **size)
     assert found(as_it_is, groups=8, rank=8) == found(teachers, groups=8, rank=8)
-    assert found(own, 8192, expert_bits=2.0).seconds > found(own, expert_bits=2.0).seconds
+    assert found(own, 8192, **size).seconds > found(own, **size).seconds
     assert found(as_it_is, 8192, groups=8, rank=8) == found(as_it_is, groups=8, rank=8)
 
 
