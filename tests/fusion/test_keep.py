@@ -181,20 +181,20 @@ def test_without_own_neurons_shared_ones_are_fitted_to_the_whole_layer(metric: b
         passed_TS = neurons(EXPERTS, gate_up_SD, CALL.x_TD) * CALL.weight_TK.sum(1, keepdim=True)
         return float(((CALL.y_TD - passed_TS @ values_PSD[2]) @ felt_DD).square().sum())
 
-    layer = LayerPlan(neurons={}, shared=6)
+    layer = LayerPlan(neurons={}, shared=5)
     made = keep(EXPERTS, CALL, ENERGY_EF, nothing_EF, FULL, layer, root_DD)
     values_PSD = made.module.shared.weight.detach()  # type: ignore[union-attr, operator]
     rows_PND = layer_neurons(EXPERTS)
 
     assert made.module.gain.weight.eq(1).all()  # type: ignore[union-attr]
-    for place in range(6):
+    for place in range(5):
         same_N = (rows_PND[:2] == values_PSD[:2, place : place + 1]).all(-1).all(0)
         assert same_N.sum() == 1
     for seed in range(3):
         other_PSD = values_PSD.clone()
-        other_PSD[2] += 0.02 * normal(6, D, seed=seed)
+        other_PSD[2] += 0.02 * normal(5, D, seed=seed)
         assert felt(values_PSD) < felt(other_PSD), "down rows are what fits best"
-    strongest_PSD = rows_PND[:, shared_neurons(ENERGY_EF, nothing_EF.bool(), 6)]
+    strongest_PSD = rows_PND[:, shared_neurons(ENERGY_EF, nothing_EF.bool(), 5)]
     assert felt(values_PSD) < felt(strongest_PSD)
 
 

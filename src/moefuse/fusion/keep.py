@@ -19,6 +19,10 @@ from moefuse.sizes import LayerPlan, make_neuron_experts
 CANDIDATES = 4096
 """Neurons at least, the strongest, out of which those that stand for a whole layer are chosen."""
 
+BASIS_SHARE = 0.5
+"""Share of the neurons that a token passes in the teacher below which shared neurons, where there
+are no others, are chosen together; with more of them gains of every expert's own do better."""
+
 
 def layer_neurons(experts: Experts) -> Tensor:
     """Return all neurons of a layer as rows of gate, up and down: (P, E * F, D)."""
@@ -61,8 +65,8 @@ def keep(
 
     ``experts`` and ``call`` in fp32 on one device; ``energy_EF`` (E, F); ``bits_EF`` (E, F) the
     numbers of a choice in ``choices``; ``plan`` says what the module looks like. Where no expert
-    keeps a neuron of its own, shared ones stand for the whole layer (see ``basis_neurons``, which
-    takes ``metric_root_DD``); otherwise for what experts do not keep.
+    keeps a neuron of its own, few shared ones in 16 bits stand for the whole layer (see
+    ``basis_neurons``, which takes ``metric_root_DD``); otherwise for what experts do not keep.
     """
     hidden = experts.gate_up_EFD.shape[2]
     module = make_neuron_experts(hidden, len(bits_EF), plan, experts.activation)
@@ -75,12 +79,13 @@ def keep(
         values_POD = rows_PND[:, mine_EF.flatten().nonzero().flatten()]
         _put(module.own[f"bits{bits}"], f"own.bits{bits}", values_POD, latents)
     if plan.shared:
-        if plan.neurons:
-            values_PSD = rows_PND[:, shared_neurons(energy_EF, bits_EF > 0, plan.shared)]
-            gain_ES = fit_shared_gains(experts, call, bits_EF > 0, values_PSD)
-        else:
+        passed = call.index_TK.shape[1] * bits_EF.shape[1]
+        if not plan.neurons and plan.shared_bits == "16" and plan.shared < BASIS_SHARE * passed:
             values_PSD = basis_neurons(experts, call, energy_EF, plan.shared, metric_root_DD)
             gain_ES = values_PSD.new_ones(len(bits_EF), plan.shared)
+        else:
+            values_PSD = rows_PND[:, shared_neurons(energy_EF, bits_EF > 0, plan.shared)]
+            gain_ES = fit_shared_gains(experts, call, bits_EF > 0, values_PSD)
         _put(module.shared, "shared", values_PSD, latents)
         _put(module.gain, "gain", gain_ES.unsqueeze(0), latents)
     return Kept(module.requires_grad_(True), latents)

@@ -22,8 +22,8 @@ LEAST_BITS = 0.05
 SHARED_BELOW_BITS = 0.75
 """Budget, in bits per number, below which low-bit students have shared neurons: they won there."""
 SHARED_SHARE = 0.5
-"""Most of the budget that shared neurons take; all of it in 16 bits where the teacher has no shared
-experts."""
+"""Most of the budget that shared neurons take where the teacher has shared experts as well; where
+it has none, shared neurons may take all."""
 ONE_BIT_BELOW = 0.75
 """Budget, in bits per number, below which own neurons have one bit each or none; above it two or
 none while not all can have two. As long as neurons are lost, more bits for strong ones are worth
@@ -181,8 +181,7 @@ class _Settling:
         allowed = (*least, *widths)
         number = torch.tensor([self.choices.index(bits) for bits in allowed])
         room = self.budget
-        share = _shared_share(self.shape, self.choices)
-        if shared and share == 1 and shared < _most_shared(self.shape):
+        if shared and not self.shape.shared_experts and shared < _most_shared(self.shape):
             # They took the budget; what is left of it would give few layers a neuron of their own.
             room = 0
         while True:
@@ -245,13 +244,8 @@ def _shared_count(shape: MoeShape, budget: int, size: SizeConfig, itemsize: int)
         has_shared = 8 * budget <= SHARED_BELOW_BITS * _numbers(shape)
     if not has_shared:
         return 0
-    share = _shared_share(shape, choices)
+    share = SHARED_SHARE if shape.shared_experts else 1.0
     return bisect_right(range(1, _most_shared(shape) + 1), share * budget, key=taken)
-
-
-def _shared_share(shape: MoeShape, choices: tuple[str, ...]) -> float:
-    """Return the most of the budget that shared neurons take without being asked to."""
-    return 1.0 if choices == FULL and not shape.shared_experts else SHARED_SHARE
 
 
 def _most_shared(shape: MoeShape) -> int:
