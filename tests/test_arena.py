@@ -1,5 +1,6 @@
 """The arena: every method at the same bytes, whole, in parts, and after a kill."""
 
+import itertools
 import json
 import signal
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from moefuse.arena.bench import LIKE_OURS, Bench
 from moefuse.arena.cells import OURS, Cell, Wishes, contestants, is_structural, part_of
 from moefuse.arena.front import best_at, last_stage, pareto_front, ratio_table, ratio_table_16_bits
+from moefuse.arena.plot import AXES_POINTS, NAME_POINTS, spaced
 from moefuse.arena.report import Impossible, comparison_markdown
 from moefuse.arena.run import Comparison, compare
 from moefuse.arena.students import distillation_of, make_contenders
@@ -352,6 +354,14 @@ def test_ratios_at_equal_bytes_and_at_equal_parameters() -> None:
     assert whole.value == pytest.approx(1.6 / 1.0)
     (alone,) = ratio_table([made("reap", 1.0, 0.5)])
     assert (alone.ours, alone.value) == (None, None)
+
+
+def test_names_in_the_plot_are_apart_and_below_the_title() -> None:
+    crowded = spaced([300.0, 301.0, 302.0, 340.0, 345.0])
+    assert spaced([10.0, 200.0]) == [10.0, 200.0]
+    assert spaced([10.0, 11.0]) == [10.0, 10.0 + NAME_POINTS]
+    assert max(crowded) <= AXES_POINTS and crowded == sorted(crowded)
+    assert all(b - a >= NAME_POINTS - 1e-9 for a, b in itertools.pairwise(crowded))
 
 
 def test_the_report_tells_all() -> None:

@@ -138,14 +138,13 @@ def _name_lines(axes: Axes, ends: Sequence[tuple[Point, Look]], size: Size) -> N
     """Write methods' names at the small ends of their lines, none over another."""
     low, high = axes.get_ylim()
     per_octave = AXES_POINTS / math.log2(high / low)
-    previous = -math.inf
-    for point, look in sorted(ends, key=lambda end: end[0].kl):
-        own = per_octave * math.log2(point.kl / low)
-        previous = max(own, previous + NAME_POINTS)
+    ends = sorted(ends, key=lambda end: end[0].kl)
+    own = [per_octave * math.log2(point.kl / low) for point, _ in ends]
+    for (point, look), place, wanted in zip(ends, spaced(own), own, strict=True):
         axes.annotate(
             point.method,
             (size(point), point.kl),
-            xytext=(-9, previous - own),
+            xytext=(-9, place - wanted),
             textcoords="offset points",
             ha="right",
             va="center",
@@ -155,6 +154,21 @@ def _name_lines(axes: Axes, ends: Sequence[tuple[Point, Look]], size: Size) -> N
             zorder=6,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
+
+
+def spaced(wanted: Sequence[float]) -> list[float]:
+    """Return places, ascending as they were wanted, a name's height apart and below the top.
+
+    Both in points above the bottom of the axes.
+    """
+    places: list[float] = []
+    for place in wanted:
+        places.append(max(place, places[-1] + NAME_POINTS) if places else place)
+    room = AXES_POINTS - NAME_POINTS / 2
+    for number in range(len(places) - 1, -1, -1):
+        places[number] = min(places[number], room)
+        room = places[number] - NAME_POINTS
+    return places
 
 
 def _dress(axes: Axes, measured: Sequence[Point], size: Size, *, by_parameters: bool) -> None:
