@@ -255,6 +255,9 @@ def test_this_design_takes_part(teacher: Path, tmp_path: Path) -> None:
         assert 4 < row.bpw <= 8 * 1.01
         assert row.active_parameters is not None
         assert row.active_parameters > 0
+        assert row.advice is not None
+    report = (tmp_path / "out" / "compare.md").read_text()
+    assert f"| yes | {rows[1].advice} |" in report.split("## What the planner chose")[1]
 
 
 # Which cells there are.

@@ -57,8 +57,8 @@ class Footprint:
 class Contender:
     """One model of a comparison: how it was made and the student module of every MoE layer.
 
-    ``seconds`` is the wall time that making the students took, calibration left out; ``bits`` and
-    ``fraction`` are as in ``Row``.
+    ``seconds`` is the wall time that making the students took, calibration left out; ``bits``,
+    ``fraction`` and ``advice`` are as in ``Row``.
     """
 
     method: str
@@ -71,6 +71,7 @@ class Contender:
     footprint: Footprint
     bits: float | None = None
     fraction: float | None = None
+    advice: str | None = None
 
     @property
     def name(self) -> str:
@@ -135,6 +136,7 @@ def fused(job: Job, stage: str) -> Contender:
         Footprint(
             plan.expert_parameters, plan.active_parameters - job.sizes.outside, plan.expert_bytes
         ),
+        advice=plan.advice,
     )
 
 
@@ -223,6 +225,7 @@ def contender_row(job: Job, contender: Contender, quality: Quality) -> Row:
         rank=contender.rank,
         bits=contender.bits,
         fraction=contender.fraction,
+        advice=contender.advice,
         seed=contender.seed,
         stage=contender.stage,
         parameters=sizes.outside + taken.parameters,

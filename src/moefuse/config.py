@@ -216,7 +216,7 @@ class DistillConfig:
         3e-3, "Peak learning rate of low-bit own rows and codebooks.", at_least=0, at_most=1
     )
     shared_code_learning_rate: float = setting(
-        1.5e-2, "Peak learning rate of low-bit shared rows.", at_least=0, at_most=1
+        1.5e-2, "Peak learning rate of low-bit shared rows and gains.", at_least=0, at_most=1
     )
     scale_learning_rate: float = setting(
         1e-2, "Peak learning rate of scales and biases.", at_least=0, at_most=1

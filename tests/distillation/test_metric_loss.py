@@ -9,7 +9,12 @@ from numeric import assert_close
 from torch import Tensor, nn
 
 from moefuse.config import DistillConfig
-from moefuse.distillation.loop import DistillResult, distill_layer, metric_root
+from moefuse.distillation.loop import (
+    DistillResult,
+    _parameter_groups,
+    distill_layer,
+    metric_root,
+)
 from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.losses import student_output
 from moefuse.modeling import FusedExperts
@@ -245,3 +250,31 @@ def test_a_student_without_parameters_stays_as_it_is(root_DD: Tensor | None) -> 
 
     assert result.losses == []
     assert result.after == result.before == pytest.approx(1, rel=0.2)
+
+
+def test_own_and_shared_neurons_have_rates_of_their_own() -> None:
+    options = DistillConfig()
+    expected = {
+        "own.bits2.latent": options.code_learning_rate,
+        "own.bits2.scale": options.code_learning_rate,
+        "own.bits16.weight": options.neuron_learning_rate,
+        "shared.latent": options.shared_code_learning_rate,
+        "gain.codebook": options.shared_code_learning_rate,
+        "shared.weight": options.learning_rate,
+        "gain.weight": options.scale_learning_rate,
+        "bases.0.down_proj.weight": options.learning_rate,
+    }
+    student = nn.Module()
+    for name in expected:
+        place = student
+        *parents, last = name.split(".")
+        for parent in parents:
+            if not hasattr(place, parent):
+                place.add_module(parent, nn.Module())
+            place = place.get_submodule(parent)
+        place.register_parameter(last, nn.Parameter(torch.zeros(1)))
+
+    groups = _parameter_groups(student, options)
+
+    found = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {name: found[id(p)] for name, p in student.named_parameters()} == expected

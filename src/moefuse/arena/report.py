@@ -77,6 +77,7 @@ def comparison_markdown(
         *(f"![KL to the teacher by size]({name})" for name in plots),
         summary(rows),
         *_front(rows),
+        *_chosen(rows),
         *_budget_parts(rows),
         *_active(rows),
         *_impossible(impossible),
@@ -132,6 +133,24 @@ def _front(rows: Sequence[Row]) -> list[str]:
         "No other setting of any method is both no larger and no worse.",
         markdown(["Bits per weight", "Method", "KL"], lines),
     ]
+
+
+def _chosen(rows: Sequence[Row]) -> list[str]:
+    """Say what the planner chose at every budget, in plain words, and whether anything beats it."""
+    measured = last_stage(rows)
+    front = pareto_front(measured)
+    ours = [point for point in points(measured) if point.method == FUSED]
+    lines = [
+        [
+            f"{point.bpw:.3f}",
+            _figure(point),
+            "yes" if point in front else "no",
+            point.rows[0].advice or "-",
+        ]
+        for point in sorted(ours, key=lambda point: point.bpw)
+    ]
+    titles = ["Bits per weight", "KL", "On the Pareto front", "In plain words"]
+    return ["## What the planner chose", markdown(titles, lines)] if lines else []
 
 
 def _budget_parts(rows: Sequence[Row]) -> list[str]:

@@ -114,7 +114,7 @@ def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
     rates = {
         r"delta\.": options.delta_learning_rate,
         r"scale|bias|gain\.weight": options.scale_learning_rate,
-        r"shared\.(latent|codebook|scale)$": options.shared_code_learning_rate,
+        r"(shared|gain)\.(latent|codebook|scale)$": options.shared_code_learning_rate,
         r".*\.(latent|codebook|scale)$": options.code_learning_rate,
         r"own\..*\.weight$": options.neuron_learning_rate,
     }

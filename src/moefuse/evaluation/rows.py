@@ -49,6 +49,8 @@ class Row:
     """Bits stored for each number of the teacher's routed experts."""
     fraction: float | None = None
     """The budget, as a share of the bytes of the teacher's routed experts."""
+    advice: str | None = None
+    """In plain words what a student under a budget is, such as "quantise, do not fuse"."""
 
 
 @dataclass(frozen=True)
