@@ -1,6 +1,7 @@
 """What a size costs is told: an honest forecast of the energy lost, and the plan in plain words."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -196,6 +197,15 @@ def test_bits_are_those_of_the_checkpoints_dtype() -> None:
     layers = {1: LayerPlan(neurons={"8": 1, "16": 1})}
 
     assert (mean_bits(layers, 2), mean_bits(layers, 4)) == (12, 20)
+
+
+def test_where_nothing_but_shared_neurons_is_left() -> None:
+    layers = {1: LayerPlan(neurons={}, shared=7), 2: LayerPlan(neurons={}, shared=9)}
+    shape = replace(SHAPE, layers=(1, 2))
+
+    told = advise(shape, layers, 2)
+
+    assert told == "share: up to 9 neurons a layer stand for all experts, none has its own"
 
 
 def test_the_plan_as_json_has_it_all() -> None:

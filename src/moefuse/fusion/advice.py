@@ -52,6 +52,8 @@ def advise(shape: MoeShape, layers: Layers, itemsize: int) -> str | None:
     if only_whole and kept == 1:
         return "the teacher's own numbers"
     shared = max(layer.shared for layer in layers.values())
+    if shared and not kept:
+        return f"share: up to {shared:,} neurons a layer stand for all experts, none has its own"
     some = "every neuron is" if kept == 1 else f"{percent_kept(kept)} of the neurons are"
     told = f"{some} kept, at {bits:.1f} bits on average"
     if only_whole:
