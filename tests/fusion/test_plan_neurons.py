@@ -214,6 +214,15 @@ def test_without_shared_experts_shared_neurons_may_take_the_whole_budget(itemsiz
 
         assert 0.95 * budget <= taken <= budget
         assert all(plan.shared == min(512, plan.shared) for plan in plans.values())
+        _, asked = settle(
+            ALL_ROUTED,
+            energies(ALL_ROUTED),
+            budget,
+            wish(expert_bits=1.0, bits="16", shared=3),
+            itemsize,
+        )
+        taken = sum(layer_bytes(ALL_ROUTED, plan, itemsize) for plan in asked.values())
+        assert 0.95 * budget <= taken <= budget and asked[0].shared == 3
         if kept < 512:
             assert all(plan.shared > 0.95 * kept / (1 + 16 / 768) for plan in plans.values())
 

@@ -181,7 +181,8 @@ class _Settling:
         allowed = (*least, *widths)
         number = torch.tensor([self.choices.index(bits) for bits in allowed])
         room = self.budget
-        if shared and not self.shape.shared_experts and shared < _most_shared(self.shape):
+        asked, most = self.size.shared is not None, _most_shared(self.shape)
+        if not asked and not self.shape.shared_experts and 0 < shared < most:
             # They took the budget; what is left of it would give few layers a neuron of their own.
             room = 0
         while True:
