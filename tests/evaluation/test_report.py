@@ -38,6 +38,7 @@ def test_the_schema_is_the_contract() -> None:
             "tasks",
             "bpw",
             "fraction",
+            "advice",
         ),
     ]
     assert set(COLUMNS) == set(names) - {"intervals", "tasks"}
