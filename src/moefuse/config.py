@@ -247,6 +247,81 @@ class AssembleConfig:
     max_shard: str = setting("4GB", "Largest size of one weight file.")
 
 
+TRAINED = ("all", "experts", "deltas")
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """How a whole student is healed: end to end, against the teacher's predictions."""
+
+    data: str | None = setting(
+        None, "Text to heal on: a file, a folder, JSONL with text or messages, or a hub data set."
+    )
+    tokens: str = setting("10M", "Tokens to train on; text that holds fewer is used again.")
+    sequence_length: int = setting(512, "Tokens in one row of packed text.", at_least=2)
+    batch_size: int = setting(16, "Rows in one batch of one process.", at_least=1)
+    accumulate: int = setting(1, "Batches of a process in one optimiser step.", at_least=1)
+    train: str = setting(
+        "all",
+        "What is trained: all; experts, the routed ones; deltas, only what every expert has of its "
+        "own beside its base (deltas, scales, biases), which takes the least memory.",
+        choices=TRAINED,
+    )
+    router: bool | None = setting(None, "Train the router as well. [default: with --train all]")
+    expert_rate: float = setting(
+        1e-3, "Peak learning rate of the routed experts.", at_least=0, at_most=1
+    )
+    code_rate: float = setting(
+        1e-3, "Peak learning rate of low-bit rows and codebooks.", at_least=0, at_most=1
+    )
+    rate: float = setting(
+        5e-4, "Peak learning rate of all else: attention, embeddings, ...", at_least=0, at_most=1
+    )
+    router_rate: float = setting(5e-4, "Peak learning rate of the router.", at_least=0, at_most=1)
+    warmup: float = setting(0.05, "Share of the steps spent warming up.", at_least=0, at_most=1)
+    final_rate: float = setting(
+        0.05, "Share of the peak learning rate left at the end.", at_least=0, at_most=1
+    )
+    weight_decay: float = setting(0.0, "Weight decay.", at_least=0, at_most=1)
+    forward_kl: float = setting(
+        1.0, "Weight of KL(teacher || student) of the predictions.", at_least=0
+    )
+    reverse_kl: float = setting(
+        0.0, "Weight of KL(student || teacher) of the predictions.", at_least=0
+    )
+    cross_entropy: float = setting(0.0, "Weight of the text's own cross-entropy.", at_least=0)
+    hidden: float = setting(
+        0.0, "Weight of the distance of all layers' hidden states from the teacher's.", at_least=0
+    )
+    temperature: float = setting(
+        1.0, "Temperature of both models' predictions in the losses.", at_least=0.01, at_most=100
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute layers on the way back, for less memory and a third more time."
+    )
+    save_steps: int = setting(200, "Optimiser steps between checkpoints.", at_least=1)
+    logging_steps: int = setting(10, "Optimiser steps between lines of the log.", at_least=1)
+    eval_steps: int = setting(
+        100, "Optimiser steps between measurements on --held-out.", at_least=1
+    )
+    report_to: str = setting(
+        "none", "Where Hugging Face Trainer reports to besides: none, tensorboard, wandb, ..."
+    )
+
+    def __post_init__(self) -> None:
+        parse_count(self.tokens, "--tokens")
+        if not (self.forward_kl or self.reverse_kl or self.cross_entropy or self.hidden):
+            raise UserError(
+                "All losses have the weight 0; give one of --forward-kl, --reverse-kl, "
+                "--cross-entropy and --hidden a weight."
+            )
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether the router is trained."""
+        return self.train == "all" if self.router is None else self.router
+
+
 def flag_of(name: str) -> str:
     """Return the flag of a setting: ``--expert-bits`` of ``expert_bits``."""
     return "--" + name.replace("_", "-")
