@@ -40,6 +40,14 @@ FLAGS = [
 ]
 
 
+def write_documents(path: Path) -> Path:
+    """Write documents of unequal lengths, so that rows hold several pieces, and return the path."""
+    lines = write_text(path.with_suffix(".txt")).read_text().splitlines()
+    texts = [line[: 10 + 7 * number % 60] for number, line in enumerate(lines)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 @torch.no_grad()
 def all_logits(model: Any, cache: TeacherCache) -> torch.Tensor:
     """Return a whole model's logits where predictions count: T x V."""
@@ -64,13 +72,14 @@ def test_what_is_kept_is_what_the_whole_teacher_says(
     model_type: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = tiny_checkpoint(model_type)
-    data = write_text(tmp_path / "text.txt")
+    data = write_documents(tmp_path / "text.jsonl")
 
     made = teach(teacher, tmp_path / "cache", {**SETTINGS, "data": str(data)})
 
     cache = TeacherCache.open(tmp_path / "cache")
     assert (cache.manifest, len(cache.manifest.wave_bytes)) == (made.manifest, 3)
-    assert 500 < cache.text.tokens == cache.manifest.tokens < 600
+    assert 400 < cache.text.tokens == cache.manifest.tokens < 600
+    assert (cache.text.position_NS == 0).sum() > 1.5 * cache.text.rows
     cache.check(teacher_fingerprint=CheckpointReader.open(teacher).fingerprint())
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     assert_kept(cache.rows(range(cache.text.rows)), all_logits(model, cache))
@@ -97,7 +106,7 @@ def test_conversations_keep_only_what_the_assistant_says(
 def test_waves_and_draws_do_not_depend_on_each_other(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    teacher, data = tiny_checkpoint(), str(write_text(tmp_path / "text.txt"))
+    teacher, data = tiny_checkpoint(), str(write_documents(tmp_path / "text.jsonl"))
     kept = []
     for wave in ("1", "200", "1M"):
         teach(teacher, tmp_path / wave, {**SETTINGS, "data": data, "wave_tokens": wave})
@@ -290,7 +299,7 @@ class Job:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("uninterrupted")
     save_tiny(folder / "teacher")
-    data = write_text(folder / "text.txt")
+    data = write_documents(folder / "text.jsonl")
     unknown = Job((folder / "teacher", "--data", data, *FLAGS), {}, [])
     assert unknown.teach(folder) == 0, (folder / "log").read_text()
     return Job(unknown.command, contents(folder / "cache"), changes(folder / "log"))
@@ -335,6 +344,19 @@ def test_killed_again_and_again(job: Job, tmp_path: Path) -> None:
         assert kills < 30
     assert kills > 2
     assert_finished(job, tmp_path)
+
+
+def test_killed_at_any_time(job: Job, tmp_path: Path) -> None:
+    """While it computes, too, and not only around its changes to files."""
+    kills = 0
+    for at in range(3):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        kills += job.teach(folder, die_after=0.1 + 0.1 * at) == -signal.SIGKILL
+        if not (folder / "cache").exists() or (folder / "cache.work").exists():
+            assert job.teach(folder) == 0, (folder / "log").read_text()
+        assert_finished(job, folder)
+    assert kills > 0
 
 
 def test_finished_layers_are_not_run_again(job: Job, tmp_path: Path) -> None:

@@ -221,7 +221,6 @@ class Teaching:
         """Do all waves that are not done, and return the finished cache's directory."""
         cache = self.directory / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        artifacts.remove_leftovers(self.directory)
         if not (cache / TEXT).exists():
             artifacts.write_tensors(cache / TEXT, self.text.tensors())
         waves = torch.arange(self.text.rows).split(self.wave_rows)
@@ -273,6 +272,7 @@ class _Wave:
         """Return every row's logits, packed."""
         layers = len(self.teacher.layers)
         first = first_unfinished(self.hidden, layers)
+        # An interruption may have come between the next layer's input and the removal of this one's.
         for layer in range(1, first):
             shutil.rmtree(self.hidden(layer), ignore_errors=True)
         passed = PassedOn(self.hidden, first)
