@@ -272,7 +272,7 @@ class _Wave:
         """Return every row's logits, packed."""
         layers = len(self.teacher.layers)
         first = first_unfinished(self.hidden, layers)
-        # An interruption may have come between the next layer's input and the removal of this one's.
+        # An interruption may have come before the input of a finished layer was removed.
         for layer in range(1, first):
             shutil.rmtree(self.hidden(layer), ignore_errors=True)
         passed = PassedOn(self.hidden, first)
