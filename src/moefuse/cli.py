@@ -26,6 +26,7 @@ from moefuse.config import (
     GroupConfig,
     MemoryConfig,
     SizeConfig,
+    TeachConfig,
     build,
     fields_of,
     read_yaml,
@@ -232,6 +233,38 @@ def assemble_command(
     job = Job(checkpoint, work, values, revision=revision, trust_remote_code=trust_remote_code)
     job.check_apart(out)
     job.assemble(out)
+
+
+@app.command("teach")
+@with_settings(ComputeConfig, TeachConfig)
+def teach_command(
+    checkpoint: Checkpoint,
+    cache: Annotated[Path, typer.Argument(help="Directory of the teacher cache.")],
+    values: dict[str, Any],
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Keep a teacher's likeliest words on a text, so that students heal without the teacher."""
+    from moefuse.healing.teach import teach
+
+    made = teach(
+        checkpoint,
+        cache,
+        values,
+        overwrite=overwrite,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if json_:
+        _print_json(made.to_json())
+        return
+    kept = made.manifest
+    typer.echo(
+        f"Kept {kept.top} + {kept.tail} words of each of {kept.tokens} tokens in {cache}: "
+        f"{kept.bytes_per_token:.0f} bytes a token, {made.seconds:.0f} s."
+    )
 
 
 @app.command("eval")

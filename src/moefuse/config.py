@@ -241,6 +241,36 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class TeachConfig:
+    """What of a teacher's logits is kept for healing without it, and on what text."""
+
+    data: str | None = setting(
+        None, "Text to heal on: a file, a folder, JSONL with text or messages, or a hub data set."
+    )
+    tokens: str = setting("10M", "Tokens to take from the text, such as 10M.")
+    top: int = setting(64, "Likeliest words whose logits are kept of every token.", at_least=1)
+    tail: int = setting(
+        8, "Words drawn from the rest of every token's distribution, so that it counts.", at_least=1
+    )
+    sequence_length: int = setting(512, "Tokens in one packed row.", at_least=2)
+    batch_size: int = setting(8, "Rows in one batch.", at_least=1)
+    wave_tokens: str = setting(
+        "1M", "Tokens that pass through the teacher together; the disk holds their hidden states."
+    )
+
+    @property
+    def token_count(self) -> int:
+        """``tokens`` as a number; raises ``UserError``."""
+        return parse_count(self.tokens, "--tokens", of="tokens")
+
+    @property
+    def wave_rows(self) -> int:
+        """How many rows pass through the teacher together, whole batches; raises ``UserError``."""
+        rows = parse_count(self.wave_tokens, "--wave-tokens", of="tokens") // self.sequence_length
+        return max(rows // self.batch_size, 1) * self.batch_size
+
+
+@dataclass(frozen=True)
 class AssembleConfig:
     """How the student is written."""
 
@@ -405,9 +435,9 @@ def read_yaml(path: Path, stages: Sequence[type]) -> dict[str, Any]:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
-def parse_count(text: str, flag: str) -> int:
-    """Read ``4B``, ``350M`` or ``1.5e9`` as a number of parameters; raises ``UserError``."""
-    return _parse(text, flag, "a number of parameters such as 4B or 350M", text.strip().upper())
+def parse_count(text: str, flag: str, of: str = "parameters") -> int:
+    """Read ``4B``, ``350M`` or ``1.5e9`` as a number of what ``of`` says; raises ``UserError``."""
+    return _parse(text, flag, f"a number of {of} such as 4B or 350M", text.strip().upper())
 
 
 def parse_bytes(text: str, flag: str) -> int:

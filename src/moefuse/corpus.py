@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefuse.errors import UserError
 
@@ -216,6 +216,33 @@ def _pick(row: dict[str, Any], column: str) -> dict[str, Any]:
         raise UserError(f"The data set has no column {column!r}; it has {', '.join(sorted(row))}.")
     key = "text" if isinstance(row[column], str) else "messages"
     return {key: row[column]}
+
+
+def load_tokenizer(
+    directory: Path, source: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the checkpoint in ``directory``, which people know as ``source``.
+
+    Raises ``UserError`` where there is none that can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers fail in as many ways as there are formats
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"The tokenizer in {source} cannot be loaded ({reason}); download the "
+            "checkpoint's tokenizer files again."
+        ) from error
+
+
+def check_known(sequences: Iterable[Tensor], vocabulary: int, source: str) -> None:
+    """Raise ``UserError`` for tokens beyond the vocabulary of the model in ``source``."""
+    largest = max(int(ids.max()) for ids in sequences)
+    if largest >= vocabulary:
+        raise UserError(
+            f"The tokenizer in {source} gives the token {largest}, but the model "
+            f"knows only {vocabulary}; tokenizer and weights are of different models."
+        )
 
 
 def tokenize(

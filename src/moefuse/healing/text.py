@@ -60,6 +60,10 @@ class PackedText:
         ]
         return artifacts.fingerprint([list(self.ids_NS.shape), parts])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything as tensors for an artifact; they are the arguments to make it anew."""
+        return dict(vars(self))
+
 
 class PackedRows(Dataset):
     """A packed text as a data set: one item a row, keys ``input_ids``, ``position_ids``,
