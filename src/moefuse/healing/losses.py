@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moefuse.config import HealConfig
 from moefuse.mathematics.divergence import cross_entropy, forward_kl, reverse_kl
+from moefuse.mathematics.truncated import TopLogits, truncated_kl
 
 CHUNK_NUMBERS = 1 << 24
 """How many logits a chunk has at most; 64 MB of them in fp32."""
@@ -56,6 +57,17 @@ class LiveTargets:
             kl_T = reverse_kl(teacher_TV, student_TV, options.temperature)
             total_T = total_T + options.reverse_kl * kl_T
         return total_T
+
+
+@dataclass(frozen=True)
+class CachedTargets:
+    """What a cache kept of the teacher's predictions at the tokens that count."""
+
+    top: TopLogits
+
+    def losses(self, chunk: slice, student_TV: Tensor, options: HealConfig) -> Tensor:
+        """Return an unbiased estimate of the forward divergence: (T,) fp32."""
+        return options.forward_kl * truncated_kl(self.top.rows(chunk), student_TV)
 
 
 def chunked_losses(
