@@ -36,7 +36,7 @@ SAMPLES = 120
 def law_plot(law: Law, unhealed: Mapping[Place, float], path: Path) -> None:
     """Draw KL along one axis with the forms fitted to it and write it as a PNG, 150 dpi.
 
-    The shade is the best form's 95% interval, the cross the largest point as the others predict it,
+    The shade is the best form's 95% interval, the diamond the largest point as the others predict it,
     with its interval. ``unhealed`` is the KL of students that were not healed; the one that belongs
     to the data scaling law is drawn as a line, since 0 has no place on its axis.
     """
@@ -109,14 +109,15 @@ def _draw_forecast(axes: Axes, law: Law) -> None:
         [found.x],
         [found.predicted],
         yerr=[[max(found.predicted - low, 0.0)], [max(high - found.predicted, 0.0)]],
-        fmt="X",
+        fmt="D",
         color=LOOKS[found.form][0],
-        markeredgecolor="white",
-        markersize=10,
+        markerfacecolor="none",
+        markeredgewidth=1.6,
+        markersize=11,
         capsize=4,
         linewidth=1.4,
         label=f"predicted without it ({found.form}): {found.error:.1%} off",
-        zorder=6,
+        zorder=4,
     )
 
 

@@ -3,10 +3,10 @@
     log y = θ_0 + sum over variables i of θ_i u_i(x_i)  [+ sum over i < j of θ_ij u_i(x_i) u_j(x_j)]
 
 Each u_i is one of log(x + s) (s = 1 where the variable reaches 0), sqrt(x / m), x / m and
-exp(-4 x / m), m the largest x measured; every choice of them is tried with and without the products, and the one of
-least leave-one-out error of log y is kept. It is a linear regression, so leaving each point out is
-exact and free: the error of a left-out point is its residual / (1 - its leverage). A variable that
-never changes has no term.
+exp(-4 x / m), m the largest x measured; every choice of them is tried with and without the
+products, and the one of least leave-one-out error of log y is kept. It is a linear regression, so
+leaving each point out is exact and free: the error of a left-out point is its residual divided by
+(1 - its leverage). A variable that never changes has no term.
 
 N points, V variables, P parameters.
 """
@@ -47,13 +47,13 @@ class Term:
 
     @property
     def words(self) -> str:
-        """u as people write it."""
-        name = self.variable
+        """Return u as people write it."""
+        name, high = self.variable, self.high
         if self.scale == "log":
             return f"log({name} + 1)" if self.low == 0 else f"log({name})"
-        return (
-            f"sqrt({name} / {self.high:g})" if self.scale == "root" else f"{name} / {self.high:g}"
-        )
+        if self.scale == "saturation":
+            return f"exp(-{name} / {high / DECAY:g})"
+        return f"sqrt({name} / {high:g})" if self.scale == "root" else f"{name} / {high:g}"
 
 
 @dataclass(frozen=True)
