@@ -203,14 +203,15 @@ def law_of(place: int, cells: Measured, middle: Place, *, seed: int = 0) -> Law:
         claim_forecast=claim_forecast,
         claim_holds=claim_forecast and bool(claim_is_best and claim_forecast.within),
         elsewhere=_elsewhere(place, cells),
-        remarks=tuple(_remarks(axis, values, fits)),
+        remarks=(*_exact(place, cells, middle), *_remarks(axis, values, fits)),
     )
 
 
 def line(cells: Measured, place: int, middle: Place) -> list[tuple[float, Sequence[float]]]:
     """Return (x, KL of every seed) along one axis through ``middle``, x increasing.
 
-    An unhealed student is no point of the data scaling law: nothing was trained on 0 tokens.
+    An unhealed student is no point of the data scaling law: nothing was trained on 0 tokens. Nor is
+    an exact one of any: it is the teacher, and no error is relative to a KL of 0.
     """
     axis = AXES[place]
     return [
@@ -218,6 +219,7 @@ def line(cells: Measured, place: int, middle: Place) -> list[tuple[float, Sequen
         for where, kls in sorted(cells.items())
         if all(where[n] == middle[n] for n in range(len(AXES)) if n != place)
         and not (axis is TOKENS and where[place] == 0)
+        and mean(kls) > 0
     ]
 
 
@@ -244,7 +246,7 @@ def _extrapolation(curve: Curve, points: Points, seed: int) -> Extrapolation:
     x, actual = float(points.x_N[-1]), float(points.y_N[-1])
     predicted = float(curve(points.x_N[-1:])[0])
     found: Bootstrap | None = bootstrap(curve, points.without(-1), points.x_N[-1:], seed=seed)
-    error = abs(predicted - actual) / float(points.scale_N()[-1])
+    error = abs(predicted - actual) / actual
     interval = found.observation[0] if found else None
     return Extrapolation(curve.form, x, predicted, interval, actual, error, error <= NEAR)
 
@@ -264,10 +266,22 @@ def _elsewhere(place: int, cells: Measured) -> Elsewhere:
         if choice is None or without is None:
             continue
         best[choice.form] += 1
-        predicted = float(without.curve(points.x_N[-1:])[0])
-        errors.append(abs(predicted - float(points.y_N[-1])) / float(points.scale_N()[-1]))
+        predicted, actual = float(without.curve(points.x_N[-1:])[0]), float(points.y_N[-1])
+        errors.append(abs(predicted - actual) / actual)
     within = sum(error <= NEAR for error in errors)
     return Elsewhere(len(errors), within, median(errors) if errors else None, dict(best))
+
+
+def _exact(place: int, cells: Measured, middle: Place) -> list[str]:
+    """Say which points of a line are left out because their students equal the teacher."""
+    axis, exact = AXES[place], []
+    for where, kls in sorted(cells.items()):
+        on_line = all(where[n] == middle[n] for n in range(len(AXES)) if n != place)
+        if on_line and mean(kls) == 0:
+            exact.append(f"{where[place] / axis.unit:g}")
+    return [f"At {', '.join(exact)} the student equals the teacher: no point of a law."] * bool(
+        exact
+    )
 
 
 def _remarks(
@@ -289,9 +303,6 @@ def _remarks(
                 f"KL rises from {kl:.4g} to {more:.4g} where the {axis.title} go from {x:g} to "
                 f"{after:g}; linear, power and saturation cannot follow a change of direction."
             )
-    exact = ", ".join(f"{x:g}" for x, kl in means if kl == 0)
-    if exact:
-        told.append(f"At {exact} the student is exact: its KL is 0.")
     for found in fits:
         if found.is_at_bound:
             told.append(f"The {found.form} ended at the end of its range: it is a limit of itself.")

@@ -36,9 +36,9 @@ SAMPLES = 120
 def law_plot(law: Law, unhealed: Mapping[Place, float], path: Path) -> None:
     """Draw KL along one axis with the forms fitted to it and write it as a PNG, 150 dpi.
 
-    The shade is the best form's 95% interval, the diamond the largest point as the others predict it,
-    with its interval. ``unhealed`` is the KL of students that were not healed; the one that belongs
-    to the data scaling law is drawn as a line, since 0 has no place on its axis.
+    The shade is the best form's 95% interval, the diamond the largest point as the others predict
+    it, with its interval. ``unhealed`` is the KL of students that were not healed; the one that
+    belongs to the data scaling law is drawn as a line, since 0 has no place on its axis.
     """
     figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

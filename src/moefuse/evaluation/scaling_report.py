@@ -32,10 +32,10 @@ SCALING = "scaling.json"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A student of the grid that cannot exist, and why."""
+    """A value of an axis, ``groups`` or ``ranks``, for which no student can exist, and why."""
 
-    groups: int
-    rank: int
+    axis: str
+    value: int
     reason: str
 
 
@@ -152,8 +152,8 @@ def axis_of(law: Law) -> Axis:
 def _forecast_words(found: Extrapolation) -> str:
     interval = "" if found.interval is None else f" {_interval(found.interval)}"
     return (
-        f"predicts {short(found.predicted)}{interval} for the point at {found.x:g} left out, where "
-        f"{short(found.measured)} was measured: {found.error:.1%} off, "
+        f"predicts {found.predicted:.3g}{interval} for the point at {found.x:g} left out, where "
+        f"{found.measured:.3g} was measured: {found.error:.1%} off, "
         f"{'within' if found.within else 'not within'} {NEAR:.0%}"
     )
 
@@ -176,7 +176,6 @@ def _law(law: Law) -> list[str]:
     return [
         f"## KL and the {axis.title}",
         f"![KL against the {axis.title}]({plot_name(law)})",
-        verdict(law),
         f"Points, at {_fixed(law)}:",
         markdown([axis.title.capitalize(), "KL", "Seeds"], points),
         "Forms fitted to all of them, with 95 % intervals of their parameters a, b and c; the "
@@ -201,16 +200,15 @@ def _forms(law: Law) -> str:
 
 
 def _form_line(law: Law, found: FormFit) -> list[str]:
-    marks = [word for word in ("claimed" * (found.form in law.claimed),) if word]
     name = f"**{found.form}**" if found.form == law.best else found.form
     intervals = "-" if found.intervals is None else ", ".join(map(_interval, found.intervals))
     ahead = found.extrapolation
     predicted = "-"
     if ahead is not None:
-        predicted = short(ahead.predicted) if ahead.predicted >= 0 else f"{ahead.predicted:.3f}"
+        predicted = f"{ahead.predicted:.3g}"
         predicted += "" if ahead.interval is None else f" {_interval(ahead.interval)}"
     return [
-        " ".join([name, *(f"({mark})" for mark in marks)]),
+        f"{name} (claimed)" if found.form in law.claimed else name,
         f"`{formula(found.curve)}`",
         intervals,
         "-" if found.held_out_error is None else f"{found.held_out_error:.1%}",
@@ -275,5 +273,5 @@ def _grid(rows: Sequence[Row]) -> str:
 def _left_out(left_out: Sequence[LeftOut]) -> list[str]:
     if not left_out:
         return []
-    lines = [[str(item.groups), str(item.rank), item.reason] for item in left_out]
-    return ["## Left out", markdown(["G", "R", "Why"], lines)]
+    lines = [[item.axis, str(item.value), item.reason] for item in left_out]
+    return ["## Left out", markdown(["Axis", "Value", "Why"], lines)]

@@ -1,16 +1,16 @@
 """Curves of one variable: fitted, chosen among by held-out error, bootstrapped, extrapolated.
 
-The forms, with x >= 0 the variable and y >= 0 what is measured:
+The forms, with x >= 0 the variable and y > 0 what is measured:
 
     linear       y = a + b x
     quadratic    y = a + b x + c x^2
     power        y = a + b (x + s)^-c,    a >= 0,  s = 1 where a point lies at x = 0, else 0
     saturation   y = a + b exp(-x / c),   a >= 0
 
-Errors count relative to y: a weight of 1 / max(y, 1% of the largest y), so that a point that is
-exactly zero weighs no more than others. The power law and the saturation are separable: for a given
-c the best a and b follow in closed form, so that scipy's bounded scalar minimiser has only c to
-find, from the best of a grid on. No start can then end in a poor local minimum of three variables.
+Errors count relative to y, so that small values are followed as well as large ones. The power law
+and the saturation are separable: for a given c the best a and b follow in closed form, so that
+scipy's bounded scalar minimiser has only c to find, from the best of a grid on. No start can then
+end in a poor local minimum of three variables.
 
 N points.
 """
@@ -27,7 +27,6 @@ from scipy.stats import t as student_t
 LINEAR, QUADRATIC, POWER, SATURATION = "linear", "quadratic", "power", "saturation"
 PARAMETERS = {LINEAR: 2, QUADRATIC: 3, POWER: 3, SATURATION: 3}
 """The forms, and how many parameters each has."""
-WEIGHT_FLOOR = 0.01
 EXPONENTS = (0.01, 6.0)
 """Exponents of the power law; below, it is a logarithm, above, a step."""
 SCALES = (0.1, 30.0)
@@ -47,28 +46,30 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Points:
-    """What is fitted to: ``x_N`` increasing, ``y_N`` the means over seeds.
+    """What is fitted to: ``x_N`` increasing, ``y_N`` > 0 the means over seeds.
 
-    ``spread_N`` are the standard errors of these means (None with a single seed anywhere),
-    ``shift`` is the power law's s.
+    ``scale_N`` is what errors are divided by, ``shift`` the power law's s, ``spread_N`` the
+    standard errors of the means (None with a single seed anywhere).
     """
 
     x_N: Array
     y_N: Array
+    scale_N: Array
     shift: float = 0.0
     spread_N: Array | None = None
 
     @classmethod
     def of(cls, values: Sequence[tuple[float, Sequence[float]]]) -> "Points":
-        """Gather points of ``(x, [y of every seed])``, sorted by x."""
+        """Gather points of ``(x, [y of every seed])``, sorted by x; errors count relative to y."""
         ordered = sorted(values, key=lambda value: value[0])
         x_N = np.array([x for x, _ in ordered], dtype=np.float64)
         y_N = np.array([np.mean(ys) for _, ys in ordered], dtype=np.float64)
+        assert (y_N > 0).all()
         shift = 1.0 if ordered and ordered[0][0] == 0 else 0.0
         if any(len(ys) < 2 for _, ys in ordered):
-            return cls(x_N, y_N, shift)
+            return cls(x_N, y_N, y_N, shift)
         errors = [float(np.std(ys, ddof=1)) / math.sqrt(len(ys)) for _, ys in ordered]
-        return cls(x_N, y_N, shift, np.array(errors))
+        return cls(x_N, y_N, y_N, shift, np.array(errors))
 
     def __len__(self) -> int:
         return len(self.x_N)
@@ -77,12 +78,8 @@ class Points:
         """Return all points but one."""
         kept = np.arange(len(self)) != place % len(self)
         spread_N = None if self.spread_N is None else self.spread_N[kept]
-        return Points(self.x_N[kept], self.y_N[kept], self.shift, spread_N)
-
-    def scale_N(self) -> Array:
-        """Return what an error at each point is divided by, (N,)."""
-        floor = WEIGHT_FLOOR * float(np.abs(self.y_N).max())
-        return np.maximum(np.abs(self.y_N), floor) if floor else np.ones_like(self.y_N)
+        scale_N = self.scale_N[kept]
+        return Points(self.x_N[kept], self.y_N[kept], scale_N, self.shift, spread_N)
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def fit(form: str, points: Points) -> Curve | None:
     """Fit one form; None where there are fewer points than parameters."""
     if len(points) < PARAMETERS[form]:
         return None
-    weight_N = points.scale_N() ** -2
+    weight_N = points.scale_N**-2
     if form in (LINEAR, QUADRATIC):
         return Curve(form, _polynomial(points, weight_N, PARAMETERS[form]))
     shift = points.shift if form == POWER else 0.0
@@ -150,13 +147,13 @@ def held_out_error(form: str, points: Points) -> float | None:
 
     None where too few others would be left for the form.
     """
-    scale_N, misses = points.scale_N(), []
+    misses = []
     for place in range(len(points)):
         curve = fit(form, points.without(place))
         if curve is None:
             return None
         predicted = curve(points.x_N[place : place + 1])[0]
-        misses.append((predicted - points.y_N[place]) / scale_N[place])
+        misses.append((predicted - points.y_N[place]) / points.scale_N[place])
     return float(np.sqrt(np.mean(np.square(misses)))) if misses else None
 
 
@@ -199,21 +196,21 @@ def bootstrap(
     the residuals are too small and, being few, too certain: they are widened by
     sqrt(N / (N - p)) times the ratio of Student's quantile at N - p degrees of freedom to the
     normal one. With as many parameters as points there are no residuals, and the spread of seeds,
-    normal, stands in for them; without several seeds there is no interval: None.
+    normal, stands in for them; without several seeds there is no interval: None. What is never
+    negative has no interval below 0.
     """
     draw = _residual_drawer(curve, points, np.random.default_rng(seed))
     if draw is None:
         return None
-    scale_N, fitted_N = points.scale_N(), curve(points.x_N)
-    scale_M = np.maximum(np.abs(curve(x_M)), WEIGHT_FLOOR * float(np.abs(points.y_N).max()))
+    fitted_N, values_M = curve(points.x_N), np.abs(curve(x_M))
     parameters, curves, observations = [], [], []
     for _ in range(rounds):
-        drawn_N = fitted_N + scale_N * draw(len(points))
-        again = fit(curve.form, Points(points.x_N, drawn_N, points.shift))
+        drawn_N = fitted_N + points.scale_N * draw(len(points))
+        again = fit(curve.form, Points(points.x_N, drawn_N, points.scale_N, points.shift))
         assert again is not None
         parameters.append(again.parameters)
-        curves.append(again(x_M))
-        observations.append(curves[-1] + scale_M * draw(len(x_M)))
+        curves.append(np.maximum(again(x_M), 0.0))
+        observations.append(np.maximum(again(x_M) + values_M * draw(len(x_M)), 0.0))
     return Bootstrap(*(percentiles(np.array(part)) for part in (parameters, curves, observations)))
 
 
@@ -235,7 +232,7 @@ def widening(points: int, parameters: int) -> float:
 def _residual_drawer(
     curve: Curve, points: Points, random: np.random.Generator
 ) -> Callable[[int], Array] | None:
-    scale_N, count = points.scale_N(), PARAMETERS[curve.form]
+    scale_N, count = points.scale_N, PARAMETERS[curve.form]
     if len(points) > count:
         residual_N = (points.y_N - curve(points.x_N)) / scale_N * widening(len(points), count)
         return lambda number: random.choice(residual_N, number)
