@@ -28,6 +28,7 @@ from moefuse.config import (
     SizeConfig,
     build,
     fields_of,
+    parse_count,
     read_yaml,
 )
 from moefuse.console import errors
@@ -144,6 +145,17 @@ def inspect_command(checkpoint: Checkpoint, revision: Revision = None, json_: Js
 def plan(
     checkpoint: Checkpoint,
     values: dict[str, Any],
+    scaling: Annotated[
+        Path | None,
+        typer.Option(help="A scaling.json of 'moefuse scaling': tell what quality it foretells."),
+    ] = None,
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens that the student is to be healed on, such as 4M, for --scaling. "
+            "[default: the most that were measured]"
+        ),
+    ] = None,
     revision: Revision = None,
     json_: Json = False,
 ) -> None:
@@ -153,11 +165,20 @@ def plan(
     """
     from moefuse import planning
 
+    if heal_tokens is not None and scaling is None:
+        raise UserError("--heal-tokens needs --scaling, the grid that foretells what healing does.")
     if planning.asks_for_common_sizes(values):
+        if scaling is not None:
+            raise UserError("--scaling needs a size; give --groups, --rank, a budget or --vram.")
         sizes = planning.plan_common_sizes(checkpoint, values, revision=revision)
         _print_json(sizes.to_json()) if json_ else _show(planning.render_common_sizes(sizes))
         return
     planned = planning.plan_checkpoint(checkpoint, values, revision=revision)
+    if scaling is not None:
+        tokens = None if heal_tokens is None else parse_count(heal_tokens, "--heal-tokens")
+        planned = planning.with_quality(
+            planned, checkpoint, scaling, tokens=tokens, revision=revision
+        )
     _print_json(planned.to_json()) if json_ else _show(planning.render_plan(planned))
 
 

@@ -25,8 +25,6 @@ class Row:
     seed: int | None = None
     stage: str | None = None
     """``one-shot``, ``distilled`` or ``healed``."""
-    healed_tokens: int | None = None
-    """Tokens that the whole student was trained on after its layers were; 0 where it was not."""
     tokens: int | None = None
     """Predicted tokens that the figures are means of."""
     parameters: int | None = None
@@ -53,6 +51,8 @@ class Row:
     """The budget, as a share of the bytes of the teacher's routed experts."""
     advice: str | None = None
     """In plain words what a student under a budget is, such as "quantise, do not fuse"."""
+    healed_tokens: int | None = None
+    """Tokens that the whole student was trained on after its layers were; 0 where it was not."""
 
 
 @dataclass(frozen=True)

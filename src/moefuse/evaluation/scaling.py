@@ -34,8 +34,8 @@ from moefuse.mathematics.joint_law import JointLaw, fit_joint_law
 
 NEAR = 0.1
 """How far, relative to what is measured, a prediction may be from it."""
-FEWEST = 4
-"""Points from which on a form with three parameters can be judged by points left out."""
+FEWEST = 5
+"""Points of which four can choose among forms of three parameters and the largest judge them."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _form_fit(form: str, curve: Curve, points: Points, seed: int) -> FormFit:
 
 def _blind_forecast(forms: Sequence[str], points: Points, seed: int) -> Extrapolation | None:
     """Predict the largest point by the form that all others choose; None where they cannot."""
-    choice = choose(points.without(-1), forms) if len(points) > 2 else None
+    choice = choose(points.without(-1), forms) if len(points) >= FEWEST else None
     return _extrapolation(choice.curve, points, seed) if choice else None
 
 
@@ -292,8 +292,8 @@ def _remarks(
     told = []
     if len(means) < FEWEST:
         told.append(
-            f"There are only {len(means)} points; forms of three parameters need {FEWEST} to be "
-            "judged by points left out."
+            f"There are only {len(means)} points; {FEWEST} are needed, of which all but the largest "
+            "choose a form of three parameters and the largest judges it."
         )
     if any(len(kls) < 2 for _, kls in values):
         told.append("One seed: how much a point owes to chance is not known.")

@@ -35,6 +35,7 @@ it is a straight line."""
 GRID = 40
 EVEN = 1.1
 """Held-out errors within so many times the least are even; the form of fewer parameters wins."""
+ROUNDING = 1e-6
 LEVEL = 0.95
 ROUNDS = 300
 FLAT = 1e-24
@@ -166,13 +167,18 @@ def choose(points: Points, forms: Sequence[str]) -> Choice | None:
     known = {form: error for form, error in errors.items() if error is not None}
     if not known:
         return None
-    least = min(known.values())
-    # An exact law leaves errors of rounding alone, between which there is nothing to choose.
-    even = [form for form, error in known.items() if error <= max(EVEN * least, 1e-6)]
+    most = still_even(min(known.values()))
+    even = [form for form, error in known.items() if error <= most]
     best = min(even, key=lambda form: (PARAMETERS[form], known[form]))
     curve = fit(best, points)
     assert curve is not None
     return Choice(curve, errors)
+
+
+def still_even(least: float) -> float:
+    """Return up to which held-out error a form is as good as the one with the ``least``."""
+    # An exact law leaves errors of rounding alone, between which there is nothing to choose.
+    return max(EVEN * least, ROUNDING)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@
 
 Each u_i is one of log(x + s) (s = 1 where the variable reaches 0), sqrt(x / m), x / m and
 exp(-4 x / m), m the largest x measured; every choice of them is tried with and without the
-products, and the one of least leave-one-out error of log y is kept. It is a linear regression, so
-leaving each point out is exact and free: the error of a left-out point is its residual divided by
-(1 - its leverage). A variable that never changes has no term.
+products, and the one of least leave-one-out error of log y is kept, of even ones the simplest. It
+is a linear regression, so leaving each point out is exact and free: the error of a left-out point
+is its residual divided by (1 - its leverage). A variable that never changes has no term.
 
 N points, V variables, P parameters.
 """
@@ -18,7 +18,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from moefuse.mathematics.curves import Array, Interval, percentiles, widening
+from moefuse.mathematics.curves import Array, Interval, percentiles, still_even, widening
 
 SCALES = ("log", "root", "plain", "saturation")
 DECAY = 4.0
@@ -141,7 +141,11 @@ def fit_joint_law(
         for scales in product(SCALES, repeat=len(moving))
     ]
     known = [law for law in laws if law is not None]
-    return min(known, key=lambda law: law.held_out_error) if known and moving else None
+    if not known or not moving:
+        return None
+    most = still_even(min(law.held_out_error for law in known))
+    even = [law for law in known if law.held_out_error <= most]
+    return min(even, key=lambda law: (len(law.parameters), law.held_out_error))
 
 
 def _regress(
