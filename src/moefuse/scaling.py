@@ -173,7 +173,7 @@ def read_grid(
     return Grid(
         groups=listed("--groups", groups, int),
         ranks=listed("--ranks", ranks, int),
-        tokens=listed("--tokens", tokens, lambda word: _count(word, "--tokens")),
+        tokens=tuple(_count(word, "--tokens") for word in listed("--tokens", tokens, str)),
         seeds=seeds,
         first_seed=first_seed,
         cross=cross,

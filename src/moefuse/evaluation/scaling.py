@@ -292,8 +292,8 @@ def _remarks(
     told = []
     if len(means) < FEWEST:
         told.append(
-            f"There are only {len(means)} points; {FEWEST} are needed, of which all but the largest "
-            "choose a form of three parameters and the largest judges it."
+            f"There are only {len(means)} points; {FEWEST} are needed, so that all but the largest "
+            "can choose a form of three parameters and the largest judges it."
         )
     if any(len(kls) < 2 for _, kls in values):
         told.append("One seed: how much a point owes to chance is not known.")
