@@ -269,11 +269,12 @@ def tokenize_by_document(
         cut = _windows(_token_ids(document, tokenizer, left), sequence_length)
         total += sum(len(window) for window in cut)
         windows.extend([cut] if cut else [])
-    _check_enough(documents, total, sequence_length if require_full else 2)
+    check_enough(documents, total, sequence_length if require_full else 2)
     return windows
 
 
-def _check_enough(documents: Sequence[Document], total: int, needed: int) -> None:
+def check_enough(documents: Sequence[Document], total: int, needed: int) -> None:
+    """Raise ``UserError`` where all documents together give fewer tokens than are needed."""
     source = documents[0].source if documents else "The data"
     if total == 0:
         raise UserError(f"{source} has no text that gives two tokens or more; give more text.")
@@ -292,11 +293,12 @@ def _token_ids(document: Document, tokenizer: PreTrainedTokenizerBase, limit: in
     if document.text is None:
         ids = _chat_ids(document, tokenizer)
     else:
-        ids = _text_ids(document.text, tokenizer, limit)
+        ids = text_ids(document.text, tokenizer, limit)
     return torch.tensor(ids[:limit], dtype=torch.int64)
 
 
-def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
+    """Return the text's token ids: the first ``limit`` or more of them, or all where it is None."""
     if limit is not None:
         prefix = text[: CHARACTERS_PER_TOKEN * (limit + TOKENS_NEAR_A_CUT)]
         ids = _encode(prefix, tokenizer)
@@ -311,20 +313,35 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _chat_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return cast(list[int], apply_template(document, tokenizer)["input_ids"])
+
+
+def apply_template(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]] | None = None,
+    **options: Any,
+) -> Any:
+    """Return what the tokenizer's own chat template makes of a conversation, or of some of it.
+
+    ``messages`` (default: all of the document's) are a prefix of them; ``options`` are those of
+    ``apply_chat_template``, and what comes back is a mapping with ``input_ids`` unless they say
+    otherwise. Raises ``UserError`` without a template and for messages that it refuses.
+    """
     if tokenizer.chat_template is None:
         raise UserError(
             f"{document.source} holds messages, but the tokenizer has no chat template; "
             "give plain text instead."
         )
+    given: Any = document.messages if messages is None else messages
     try:
-        encoded = tokenizer.apply_chat_template(
-            cast(Any, document.messages), tokenize=True, return_dict=True
+        return tokenizer.apply_chat_template(
+            given, **{"tokenize": True, "return_dict": True, **options}
         )
     except Exception as error:  # a template is a program; it raises what it likes
         raise UserError(
             f"{document.source}: the tokenizer's chat template refuses the messages ({error})."
         ) from error
-    return cast(list[int], cast(Any, encoded)["input_ids"])
 
 
 def batch_order(lengths: Iterable[int], batch_size: int) -> list[list[int]]:

@@ -68,7 +68,7 @@ def _made(teacher: str, plan: Plan, experts: int) -> str:
     own = Counter[str]()
     for layer in layers:
         own.update(layer.neurons)
-    bits = ", ".join(f"{own[width]:,} at {width}" for width in sorted(own, key=int))
+    bits = ", ".join(f"{own[width]:,} at {width}" for width in sorted(own, key=float))
     shared = max(layer.shared for layer in layers)
     less = f" and at most {shared:,} a layer that its experts share" if shared else ""
     return (
