@@ -227,7 +227,8 @@ def scaling(
     """Measure ``grid`` on ``checkpoint`` and write what it says of the three laws to ``out``.
 
     ``values`` are settings by name (see ``config``), ``held_out`` is the text to measure on,
-    ``part`` says which of the students to do (see ``part_of``). Artifacts lie in ``out/work`` and
+    ``part`` says which of the students to do (see ``part_of``), ``healing`` how they are healed; a
+    grid of 0 tokens alone needs none. Artifacts lie in ``out/work`` and
     finished students in ``out/cells``; the same call after an interruption goes on from the last
     one. What earlier calls measured with the same settings stands in the report too. Raises
     ``UserError`` for bad input before any expensive work starts.
@@ -250,6 +251,8 @@ def scaling(
     mine = part_of(students, part)
     check_outside(out, first.reader.directory, "output")
     text = read_held_out(first, held_out, held_out_tokens)
+    if healing is None and max(grid.tokens):
+        raise UserError("--tokens asks for healing, and nothing says how; give --tokens 0.")
     how = healing(first) if healing and max(grid.tokens) else None
     bench = Bench(first, job_for, text, how)
     board = Board(Student, out / "cells", bench.settings())
@@ -325,8 +328,7 @@ class Bench:
         return report_json({}, rows)["rows"]
 
     def _healed(self, job: Job, contender: Contender, student: Student) -> list[Row]:
-        if self.healing is None:
-            raise UserError(f"{student.name} is to be healed, but nothing says how.")
+        assert self.healing is not None
         start = time.monotonic()
         # A copy of all weights: what is healed may not train the teacher's along.
         model = copy.deepcopy(model_with(self.teacher, job.reader.family, contender.students))
