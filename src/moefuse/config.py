@@ -409,10 +409,13 @@ def _check_bounds(flag: str, value: float, allowed: Mapping[str, Any]) -> None:
         raise UserError(f"{flag} is {value}; it must be at most {largest}.")
 
 
-def read_yaml(path: Path, stages: Sequence[type]) -> dict[str, Any]:
+def read_yaml(
+    path: Path, stages: Sequence[type], renamed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Read settings from a YAML file whose keys are field names (dashes count as underscores).
 
-    Raises ``UserError`` for a file that cannot be read and for a key that no stage knows.
+    ``renamed`` are the fields that have another name in this command, with that name. Raises
+    ``UserError`` for a file that cannot be read and for a key that no stage knows.
     """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -422,14 +425,14 @@ def read_yaml(path: Path, stages: Sequence[type]) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"The configuration {path} must be a mapping of settings to values.")
     values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
-    known = fields_of(stages)
+    named = {(renamed or {}).get(name, name): name for name in fields_of(stages)}
     for key in values:
-        if key not in known:
+        if key not in named:
             raise UserError(
                 f"The configuration {path} has the key {key!r}, which is no setting of this "
-                f"command; it knows {', '.join(known)}."
+                f"command; it knows {', '.join(named)}."
             )
-    return values
+    return {named[key]: value for key, value in values.items()}
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
