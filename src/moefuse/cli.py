@@ -24,6 +24,7 @@ from moefuse.config import (
     DistillConfig,
     FactorConfig,
     GroupConfig,
+    HealConfig,
     MemoryConfig,
     SizeConfig,
     TeachConfig,
@@ -343,6 +344,41 @@ def eval_command(
         trust_remote_code=trust_remote_code,
     )
     _print_json(report.to_json()) if json_ else _show(report.table())
+
+
+@app.command("heal")
+@with_settings(ComputeConfig, HealConfig)
+def heal_command(
+    student: Annotated[str, typer.Argument(help="A checkpoint that moefuse wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the healed checkpoint.")],
+    values: dict[str, Any],
+    teacher: Annotated[
+        str | None, typer.Option(help="The checkpoint that the student was made from.")
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None, typer.Option(help="What 'moefuse teach' kept of it, in the teacher's place.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Text that nothing learns from, measured now and then.")
+    ] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Train a whole student until it predicts what its teacher does."""
+    from moefuse.heal import heal, render_healed
+
+    result = heal(
+        student,
+        out,
+        values,
+        teacher=teacher,
+        teacher_cache=teacher_cache,
+        held_out=held_out,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_json(result.to_json()) if json_ else _show(render_healed(result))
 
 
 @app.command()

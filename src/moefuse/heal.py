@@ -7,25 +7,33 @@ it was.
 """
 
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel
 
 from moefuse import artifacts, corpus
-from moefuse.checkpoint.headers import CheckpointHeaders, local_directory, read_headers
+from moefuse.checkpoint.headers import (
+    CONFIG,
+    INDEX,
+    PICKLE_SUFFIXES,
+    CheckpointHeaders,
+    local_directory,
+    read_headers,
+)
+from moefuse.checkpoint.reader import fingerprint_of
 from moefuse.checkpoint.writer import ShardedWriter
-from moefuse.config import ComputeConfig, HealConfig, build, parse_bytes, parse_count
-from moefuse.console import say
-from moefuse.devices import choose_device, suited_threads
+from moefuse.config import ComputeConfig, HealConfig, build, parse_count
+from moefuse.devices import STORED, choose_device, suited_threads
 from moefuse.errors import UserError
-from moefuse.evaluation.loading import load_model
+from moefuse.evaluation.loading import checkpoint_directory, load_model, load_tokenizer
 from moefuse.families import Family, all_families
 from moefuse.healing.cache import TeacherCache
 from moefuse.healing.sources import CachedTeacher, LiveTeacher, TeacherSource
@@ -34,7 +42,7 @@ from moefuse.healing.trainer import remove_incomplete, train
 from moefuse.modeling import is_fused, load_fused
 from moefuse.modeling.training import stored_to_trained, trained_to_stored
 from moefuse.pipeline import peak_memory
-from moefuse.places import check_new, check_output, check_own, check_outside
+from moefuse.places import check_new, check_output, check_outside, check_own
 
 STAGES = (ComputeConfig, HealConfig)
 HEALING = "healing.json"
@@ -95,8 +103,8 @@ def heal(
         held_out=held_out,
         trust_remote_code=trust_remote_code,
     )
-    check_outside(out, job.headers.directory, "output")
-    check_outside(work, job.headers.directory, "work directory")
+    check_outside(out, job.student, "output")
+    check_outside(work, job.student, "work directory")
     mark = job.mark()
     log = _finished(out, mark)
     if log is None:
@@ -135,8 +143,8 @@ class HealJob:
         self.compute = build(ComputeConfig, values)
         self.options = build(HealConfig, values)
         self.trust_remote_code = trust_remote_code
-        self.headers = _student_headers(student)
-        self.student = student
+        self.student = checkpoint_directory(student)
+        self.headers = read_headers(self.student)
         self.family = _family(self.headers.config)
         self.device = choose_device(self.compute.device)
         self.mixed = self._computes_in_bf16()
@@ -145,7 +153,7 @@ class HealJob:
         self.teacher = teacher
         self.cache = None if teacher_cache is None else TeacherCache.open(teacher_cache)
         self._check_cache()
-        self.tokenizer = corpus.load_tokenizer(self.headers.directory)
+        self.tokenizer = load_tokenizer(self.student)
         self.text = self._text()
         self.held_out = None if held_out is None else self._held_out(held_out)
 
@@ -222,7 +230,7 @@ class HealJob:
         }
         return artifacts.fingerprint(
             [
-                self.headers.fingerprint(),
+                fingerprint_of(self.student, self.headers.config, self.headers.tensors),
                 self.text.fingerprint(),
                 self.held_out.fingerprint() if self.held_out else None,
                 self._teacher_mark(),
@@ -235,7 +243,10 @@ class HealJob:
         if self.cache is not None:
             return f"cache {self.cache.manifest.teacher_fingerprint} {self.cache.manifest.job}"
         directory = local_directory(str(self.teacher))
-        return str(self.teacher) if directory is None else read_headers(directory).fingerprint()
+        if directory is None:
+            return str(self.teacher)
+        headers = read_headers(directory)
+        return fingerprint_of(directory, headers.config, headers.tensors)
 
     def source(self) -> TeacherSource:
         """Return what tells the teacher's predictions; a live teacher is loaded."""
@@ -262,7 +273,7 @@ class HealJob:
         if process.is_main_process:
             remove_incomplete(directory)
         process.wait_for_everyone()
-        model = load_fused(self.headers.directory, dtype=torch.float32)
+        model = load_fused(self.student, dtype=torch.float32)
         stored_to_trained(model)
         shape = self.family.shape(self._teacher_config())
         with suited_threads(shape.hidden, shape.intermediate):
@@ -281,9 +292,97 @@ class HealJob:
         if process.is_main_process:
             trained_to_stored(model)
             facts = {"job": mark, "settings": asdict(self.options), "log": log}
-            write_healed(model, self.headers, out, facts)
+            write_healed(model, self.student, self.headers, out, facts)
         process.wait_for_everyone()
         return log
 
     def _teacher_config(self) -> dict[str, Any]:
         return {**self.headers.config, "model_type": self.family.model_type}
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    """Return the family of a student's teacher; raises ``UserError`` for what is no student."""
+    if not is_fused(dict(config)):
+        raise UserError(
+            "Only a checkpoint that moefuse wrote can be healed; this one's config.json has no "
+            "moefuse block. Make one with 'moefuse fuse'."
+        )
+    return all_families()[config["moefuse"]["teacher_model_type"]]
+
+
+def write_healed(
+    model: nn.Module,
+    student: Path,
+    headers: CheckpointHeaders,
+    out: Path,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write ``model`` to ``out`` in the form of ``student``: the same files, names and dtypes.
+
+    ``out`` appears whole or not at all; ``facts`` is what ``healing.json`` says.
+    """
+    partial = artifacts.partial_directory(out)
+    state = model.state_dict()
+    with ShardedWriter(partial) as writer:
+        for name, info in headers.tensors.items():
+            # Codes and maps are whole numbers, which stay as they are.
+            writer.add(name, state[name].to(STORED.get(info.dtype, state[name].dtype)))
+    for path in sorted(student.iterdir()):
+        weights = path.suffix in (*PICKLE_SUFFIXES, ".safetensors") or path.name == INDEX
+        if path.is_file() and not weights:
+            shutil.copyfile(path, partial / path.name)
+    config = dict(headers.config)
+    config["moefuse"] = {**config["moefuse"], "job": facts["job"]}
+    artifacts.write_json(partial / CONFIG, config)
+    artifacts.write_json(partial / HEALING, facts)
+    artifacts.finish_directory(partial, out)
+
+
+def render_healed(result: HealResult) -> str:
+    """Say in a few lines what healing did."""
+    losses = [line["loss"] for line in result.log if "loss" in line]
+    measured = [line["eval_loss"] for line in result.log if "eval_loss" in line]
+    told = [f"Healed in {result.steps:,} steps, {result.seconds:.0f} s, to {result.out}"]
+    if len(losses) > 1:
+        told.append(f"  loss {losses[0]:.4f}, now {losses[-1]:.4f}")
+    if measured:
+        told.append(f"  on held-out text {measured[0]:.4f}, now {measured[-1]:.4f}")
+    return "\n".join(told)
+
+
+def heal_in_place(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    text: PackedText,
+    family: Family,
+    options: HealConfig,
+    *,
+    seed: int,
+    device: str,
+    mixed: bool = False,
+    held_out: PackedText | None = None,
+    description: str | None = None,
+) -> list[dict[str, Any]]:
+    """Heal a model that is in memory, whatever its experts are, and keep nothing on disk.
+
+    ``model`` and ``teacher`` share no weights, both in fp32 on ``device``. Coded rows are trained
+    and stored again. Returns the log of the training. Of several methods each is healed alike.
+    """
+    stored_to_trained(model)
+    with tempfile.TemporaryDirectory() as directory:
+        log = train(
+            model,
+            LiveTeacher(teacher),
+            text,
+            family,
+            options,
+            directory=Path(directory),
+            seed=seed,
+            device=device,
+            mixed=mixed,
+            held_out=held_out,
+            resumable=False,
+            description=description,
+        )
+    trained_to_stored(model)
+    return log

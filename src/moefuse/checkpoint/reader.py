@@ -6,7 +6,7 @@ so reading a whole model never holds more than what the caller keeps plus that m
 against one long-lived mapping is parsing the shard's header again, a millisecond or two each time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,13 +152,9 @@ class CheckpointReader:
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that tell this checkpoint from others, wherever it lies.
 
-        Hashes the configuration, the headers, the shards' sizes and a few bytes out of the middle
-        of each shard: fine-tuned siblings differ in nothing else.
+        See ``fingerprint_of``.
         """
-        layout = [[t.name, t.dtype, list(t.shape), t.shard] for t in self.tensors.values()]
-        shards = sorted({tensor.shard for tensor in self.tensors.values()})
-        samples = [_sample(self.directory / shard) for shard in shards]
-        return artifacts.fingerprint([self.config, layout, samples])
+        return fingerprint_of(self.directory, self.config, self.tensors)
 
     def auxiliary_files(self) -> list[Path]:
         """Return what a student inherits unchanged: tokenizer, chat template, licence, ..."""
@@ -258,6 +254,20 @@ def _download(source: str, revision: str | None, trust_remote_code: bool) -> Pat
             "convert it to safetensors first."
         )
     return directory
+
+
+def fingerprint_of(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> str:
+    """Return 16 hexadecimal digits that tell a checkpoint from others, wherever it lies.
+
+    Hashes the configuration, the headers, the shards' sizes and a few bytes out of the middle
+    of each shard: fine-tuned siblings differ in nothing else.
+    """
+    layout = [[t.name, t.dtype, list(t.shape), t.shard] for t in tensors.values()]
+    shards = sorted({tensor.shard for tensor in tensors.values()})
+    samples = [_sample(directory / shard) for shard in shards]
+    return artifacts.fingerprint([config, layout, samples])
 
 
 def _sample(shard: Path) -> list[int | str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -46,7 +45,7 @@ def load_model(
     ``trust_remote_code``. Raises ``UserError`` for what is no sound model or no usable device.
     """
     _check(dtype, device)
-    directory = _download(path)
+    directory = checkpoint_directory(path)
     config = read_headers(directory).config
     options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
     if not is_fused(config):
@@ -66,7 +65,7 @@ def load_model(
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint; raises ``UserError`` where there is none."""
     try:
-        directory = _download(path)
+        directory = checkpoint_directory(path)
         config = read_config(directory)
         if is_fused(config):
             register_fused(config)
@@ -117,7 +116,8 @@ def _check(dtype: str | None, device: str) -> None:
         raise UserError("The meta device holds no numbers; give another one, for example cpu.")
 
 
-def _download(path: str | Path) -> Path:
+def checkpoint_directory(path: str | Path) -> Path:
+    """Return where a checkpoint lies; one of the hub is downloaded. Raises ``UserError``."""
     directory = local_directory(path)
     if directory is not None:
         return directory
@@ -156,7 +156,7 @@ def _reason(error: Exception) -> str:
 
 def read_sizes(path: str | Path) -> CheckpointHeaders:
     """Return the layout of the checkpoint that ``load_model`` loads from the same ``path``."""
-    return read_headers(_download(path))
+    return read_headers(checkpoint_directory(path))
 
 
 def _family(headers: CheckpointHeaders) -> tuple[Family, dict[str, Any]] | None:

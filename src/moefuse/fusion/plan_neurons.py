@@ -7,6 +7,7 @@ the energies that were measured, over all layers at once, and counts true bytes 
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -168,7 +169,7 @@ class _Settling:
     def few_bits(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the bits that neurons have where not all can have two, and the least of all."""
         if not self.shape.shared_experts:
-            pairs = zip(FINE_BITS, FINE_BITS[1:], strict=False)
+            pairs = pairwise(FINE_BITS)
             fitting = [pair for pair in pairs if self.fits_all(pair[0], pair)]
             return (fitting[-1], ()) if fitting else (FINE_BITS[:1], ("0",))
         per_number = 8 * self.budget / _numbers(self.shape)

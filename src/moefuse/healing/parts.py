@@ -49,8 +49,8 @@ def freeze(model: nn.Module, family: Family, options: HealConfig) -> None:
         parameter.requires_grad_(is_trained(name, family, options))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            f"--train {options.train} leaves nothing to train in this student, which has no deltas, "
-            "scales or biases; choose --train experts or --train all."
+            f"--train {options.train} leaves nothing to train in this student, which has no "
+            "deltas, scales or biases; choose --train experts or --train all."
         )
 
 

@@ -1,7 +1,7 @@
 """How far one set of predictions is from another: the losses of healing, token by token.
 
-All take logits of any floating dtype and compute in fp32; none keeps anything. What is differentiated
-is the student's side alone.
+All take logits of any floating dtype, compute in fp32 and keep nothing. Gradients are the
+student's alone.
 
 Shape suffixes: T tokens, V vocabulary, D hidden width.
 """

@@ -1,0 +1,292 @@
+"""Healing, method against method: KL to the teacher before and after, and its way there.
+
+At each of 16, 8, 4 and 2 fused experts a layer, with several seeds: this design's bases and deltas,
+this design under a budget of the same bytes (own neurons at low bits), pruning by REAP's score and
+merging by HC-SMoE. All are distilled layer by layer first, take the same bytes of routed experts
+(rivals a little more, their experts being whole), and are healed alike: the same tokens of the same
+text in the same order, everything trained, the same rates.
+
+The text is the Python standard library of whoever runs this, without the modules that the bundled
+held-out text is from. Run it by ``make healing``; it goes on where it was interrupted. Several
+processes with ``--part 0/24`` to ``--part 23/24`` share it, the same command without gathers.
+"""
+
+import copy
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import typer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel
+
+from moefuse import corpus, demo
+from moefuse.artifacts import read_json, write_atomically, write_json, write_text
+from moefuse.comparison import (
+    DISTILLED,
+    FUSED,
+    Contender,
+    HeldOut,
+    contender_row,
+    fused,
+    measure_models,
+    model_with,
+    rivals,
+    rounded,
+    teacher_row,
+)
+from moefuse.config import HealConfig, build, parse_count
+from moefuse.console import say
+from moefuse.demo.teacher_data import is_heldout, read_sources
+from moefuse.evaluation.machine import machine_meta
+from moefuse.evaluation.report import report_json, row_from_json
+from moefuse.evaluation.rows import TEACHER, Row
+from moefuse.evaluation.run import load_model
+from moefuse.evaluation.tables import markdown
+from moefuse.heal import heal_in_place
+from moefuse.healing.text import PackedText, pack
+from moefuse.pipeline import Job
+
+HEALED = "healed"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "healing"
+GROUPS = (16, 8, 4, 2)
+NEURONS = "fused-neurons"
+METHODS = (FUSED, NEURONS, "reap", "hc-smoe")
+CALIBRATION: dict[str, Any] = {"tokens": 98_304, "dtype": "float32"}
+HELD_OUT_TOKENS = 12_288
+CURVE_TOKENS = 8192
+COLOURS = dict(zip(METHODS, ("#2a6f97", "#7b2d8b", "#c8553d", "#588157"), strict=True))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student that is healed."""
+
+    method: str
+    groups: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The cell's file, without ending."""
+        return f"{self.method}-{self.groups}-seed{self.seed}"
+
+
+def healing_text() -> list[corpus.Document]:
+    """Return the standard library's sources, without what the held-out text is from."""
+    sources = read_sources(Path(sysconfig.get_paths()["stdlib"]))
+    kept = {path: text for path, text in sources.items() if not is_heldout(path)}
+    return [corpus.Document(text, None, path) for path, text in kept.items()]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells share."""
+
+    out: Path
+    device: str
+    teacher: PreTrainedModel
+    text: PackedText
+    curve: PackedText
+    options: HealConfig
+
+    def job(self, values: dict[str, Any]) -> Job:
+        """Return the job of one size, on the calibration that all share."""
+        data = {"data": str(demo.calibration_path()), "device": self.device}
+        return Job(demo.teacher_path(), self.out / "work", {**CALIBRATION, **data, **values})
+
+    def student(self, cell: Cell) -> tuple[Job, Contender]:
+        """Make a cell's student, distilled layer by layer."""
+        job = self.job({"groups": cell.groups, "seed": cell.seed})
+        if cell.method == NEURONS:
+            bits = 8 * job.plan.expert_bytes / job.sizes.expert_parameters
+            job = self.job({"expert_bits": bits, "seed": cell.seed})
+        elif cell.method != FUSED:
+            job.calibrate()
+            job.group()
+            found = rivals(job, cell.method, distilled=True)
+            return job, next(c for c in found if c.stage == DISTILLED)
+        for stage in (job.calibrate, job.group, job.factor, job.distill):
+            stage()
+        return job, replace(fused(job, DISTILLED), method=cell.method)
+
+    def measured(self, cell: Cell) -> dict[str, Any]:
+        """Heal a cell's student; returns its rows before and after, and the way between."""
+        start = time.monotonic()
+        job, contender = self.student(cell)
+        family = job.reader.family
+        model = copy.deepcopy(model_with(self.teacher, family, contender.students))
+        before = model_with(self.teacher, family, contender.students)
+        made = time.monotonic()
+        log = heal_in_place(
+            model,
+            self.teacher,
+            self.text,
+            family,
+            self.options,
+            seed=cell.seed,
+            device=self.device,
+            held_out=self.curve,
+        )
+        rounded(model, job.stored)
+        held_out = HeldOut.read(demo.heldout_path(), job, HELD_OUT_TOKENS)
+        models = {TEACHER: self.teacher, DISTILLED: before, HEALED: model}
+        found = measure_models(job, models, held_out, teacher=self.teacher, description=None)
+        seconds = time.monotonic() - made
+        after = replace(contender, stage=HEALED, seconds=contender.seconds + seconds)
+        rows = [
+            teacher_row(job, found[TEACHER]),
+            contender_row(job, contender, found[DISTILLED]),
+            contender_row(job, after, found[HEALED]),
+        ]
+        rows = [rows[0], *(replace(row, groups=cell.groups) for row in rows[1:])]
+        told = " to ".join(f"{row.kl:.4f}" for row in rows[1:])
+        say(f"{cell.name}: KL {told} ({time.monotonic() - start:.0f} s)")
+        per_step = self.options.batch_size * self.options.sequence_length
+        curve = [
+            [line["step"] * per_step, line["eval_loss"]] for line in log if "eval_loss" in line
+        ]
+        return {"rows": report_json({}, rows)["rows"], "curve": curve}
+
+
+def cells(seeds: int, methods: tuple[str, ...], groups: tuple[int, ...]) -> Iterator[Cell]:
+    """List all cells."""
+    for seed in range(seeds):
+        for count in groups:
+            for method in methods:
+                yield Cell(method, count, seed)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Cells and artifacts.")] = Path("runs/healing"),
+    results: Annotated[Path, typer.Option(help="Where the report goes.")] = RESULTS,
+    device: str = "cpu",
+    seeds: int = 3,
+    tokens: str = "10M",
+    batch_size: int = 16,
+    expert_rate: float | None = None,
+    code_rate: float | None = None,
+    rate: float | None = None,
+    methods: str = ",".join(METHODS),
+    groups: str = "16,8,4,2",
+    part: Annotated[str | None, typer.Option(help="Only this part, such as 0/24.")] = None,
+) -> None:
+    """Heal every cell that is not done yet, and report."""
+    values = {
+        "tokens": tokens,
+        "batch_size": batch_size,
+        "expert_rate": expert_rate,
+        "code_rate": code_rate,
+        "rate": rate,
+        "logging_steps": 50,
+    }
+    options = build(HealConfig, values)
+    teacher, tokenizer = load_model(demo.teacher_path(), dtype="float32", device=device)
+    length = options.sequence_length
+    text = pack(healing_text(), tokenizer, length, tokens=10**9, seed=0)
+    curve = pack(
+        corpus.load_documents(demo.heldout_path()), tokenizer, length, tokens=CURVE_TOKENS, seed=0
+    )
+    steps = round(parse_count(tokens, "--tokens") / (batch_size * length))
+    options = replace(options, eval_steps=max(1, steps // 12))
+    bench = Bench(out, device, teacher, text, curve, options)
+    wanted = list(cells(seeds, tuple(methods.split(",")), tuple(map(int, groups.split(",")))))
+    index, count = map(int, part.split("/")) if part else (0, 1)
+    for cell in wanted[index::count]:
+        path = out / "cells" / f"{cell.name}.json"
+        if not path.exists():
+            write_json(path, bench.measured(cell))
+    done = {c: read_json(p) for c in wanted if (p := out / "cells" / f"{c.name}.json").exists()}
+    if len(done) == len(wanted):
+        report(done, bench, results)
+
+
+def report(done: dict[Cell, Any], bench: Bench, results: Path) -> None:
+    """Write the report: rows, table and curves."""
+    rows: list[Row] = []
+    for found in done.values():
+        of_cell = [row_from_json(row) for row in found["rows"]]
+        rows += of_cell if not rows else of_cell[1:]
+    meta = machine_meta(
+        "python benchmarks/healing.py",
+        device=bench.device,
+        data={"name": "heldout.jsonl", "tokens": HELD_OUT_TOKENS},
+        healing={k: v for k, v in vars(bench.options).items() if v is not None},
+        healing_text=f"the standard library, {bench.text.tokens:,} tokens, used again",
+        calibration=CALIBRATION,
+    )
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results / "healing.json", report_json(meta, rows))
+    write_text(results / "healing.md", _markdown(rows))
+    _plot(done, results / "healing.png")
+
+
+def _kl(rows: list[Row], method: str, groups: int, stage: str) -> list[float]:
+    return [
+        row.kl
+        for row in rows
+        if (row.method, row.groups, row.stage) == (method, groups, stage) and row.kl is not None
+    ]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _markdown(rows: list[Row]) -> str:
+    titles = ["Fused experts", "Method", "Expert bytes", "KL distilled", "KL healed"]
+    titles += ["Healed / distilled", "Healed KL / this design's"]
+    lines = []
+    for groups in sorted({row.groups for row in rows if row.groups}, reverse=True):
+        ours = mean(_kl(rows, FUSED, groups, HEALED))
+        for method in METHODS:
+            before, after = (_kl(rows, method, groups, stage) for stage in (DISTILLED, HEALED))
+            if after:
+                size = next(
+                    r.expert_bytes for r in rows if (r.method, r.groups) == (method, groups)
+                )
+                lines.append(
+                    [
+                        str(groups),
+                        method,
+                        f"{(size or 0) / 1e6:.2f} MB",
+                        _spread(before),
+                        _spread(after),
+                        f"{mean(after) / mean(before):.2f}",
+                        f"{mean(after) / ours:.2f}",
+                    ]
+                )
+    return f"# Healing\n\n![KL against tokens](healing.png)\n\n{markdown(titles, lines)}\n"
+
+
+def _plot(done: dict[Cell, Any], path: Path) -> None:
+    groups = sorted({cell.groups for cell in done}, reverse=True)
+    figure = Figure(figsize=(3.2 * len(groups), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, count in zip(panels, groups, strict=True):
+        for cell, found in done.items():
+            if cell.groups == count:
+                tokens, values = zip(*found["curve"], strict=True)
+                label = cell.method if cell.seed == 0 else None
+                millions = [number / 1e6 for number in tokens]
+                axes.plot(millions, values, color=COLOURS[cell.method], label=label, linewidth=1)
+        axes.set_title(f"{count} fused experts", fontsize=10)
+        axes.set_xlabel("Million tokens", fontsize=9)
+        axes.set_yscale("log")
+    panels[0].set_ylabel("KL to the teacher, nats per token", fontsize=9)
+    panels[0].legend(fontsize=8, frameon=False)
+    write_atomically(
+        path, lambda file: figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))
