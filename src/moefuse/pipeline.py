@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from moefuse import artifacts, corpus, demo
 from moefuse.calibration.collect import Batch, CalibrationStore, collect
 from moefuse.calibration.sensitivity import measure_sensitivity, metric_path
+from moefuse.cards import CardRecord, Distilled, Text, student_record, write_card
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.config import (
@@ -43,7 +44,6 @@ from moefuse.distillation.loop import distill_layer, metric_root
 from moefuse.distillation.own_inputs import OnDisk, OwnInputs, Passed
 from moefuse.errors import UserError
 from moefuse.export.assemble import assemble
-from moefuse.export.card import model_card
 from moefuse.fusion.choose import factor
 from moefuse.fusion.keep import Kept, keep
 from moefuse.fusion.neurons import importance
@@ -193,9 +193,8 @@ class Job:
                 f"--tokens is {tokens}, fewer than one sequence of {length}; give more --tokens or "
                 "a smaller --sequence-length."
             )
-        source = self.calibration.data or self._bundled_data()
         sequences = corpus.tokenize(
-            corpus.load_documents(source),
+            corpus.load_documents(self._data),
             self.tokenizer,
             length,
             limit_tokens=tokens,
@@ -211,7 +210,11 @@ class Job:
         # Any token does: what stands in padding is never looked at.
         return list(corpus.batches(sequences, self.calibration.batch_size, 0))
 
-    def _bundled_data(self) -> Path:
+    @cached_property
+    def _data(self) -> str | Path:
+        """The calibration text that is asked for, or the bundled one of the bundled teacher."""
+        if self.calibration.data is not None:
+            return self.calibration.data
         bundled = CheckpointReader.open(demo.teacher_path())
         if bundled.fingerprint() == self.reader.fingerprint():
             return demo.calibration_path()
@@ -546,21 +549,36 @@ class Job:
             dtype=self.stored,
             max_shard_bytes=self.max_shard_bytes,
             job=self._mark(directory),
-            card=model_card(
-                out.name,
-                Path(self.reader.source).name,
-                plan,
-                self.reader.shape.experts,
-                [error["after"] for error in self.errors().values()],
-            ),
+            describe=lambda partial: write_card(partial, self._record(out.name, directory)),
         )
 
-    def errors(self) -> dict[int, dict[str, float]]:
-        """Return every distilled layer's relative error ``before`` and ``after`` distillation."""
-        paths = {
-            layer: self.distilled_directory / f"layer-{layer:03d}.json"
-            for layer in self.reader.shape.layers
+    def _record(self, name: str, directory: Path) -> CardRecord:
+        """Return what the card of the student in ``directory`` tells."""
+        has_steps = directory != self.factors_directory
+        errors = {
+            str(layer): {when: error[when] for when in ("before", "after")}
+            for layer, error in self.errors(directory).items()
         }
+        return student_record(
+            name,
+            self.reader,
+            self.sizes,
+            self.true_plan,
+            calibrated=Text(
+                corpus.source_name(self._data),
+                tokens=sum(int(mask_BS.sum()) for _, mask_BS in self.batches),
+                sequence_length=self.calibration.sequence_length,
+            ),
+            distilled=Distilled(self.distillation.steps if has_steps else 0, errors),
+        )
+
+    def errors(self, directory: Path | None = None) -> dict[int, dict[str, float]]:
+        """Return every layer's relative error ``before`` and ``after`` distillation.
+
+        ``directory`` is where a stage left them, by default distillation.
+        """
+        directory = directory or self.distilled_directory
+        paths = {layer: directory / f"layer-{layer:03d}.json" for layer in self.reader.shape.layers}
         return {layer: artifacts.read_json(p) for layer, p in paths.items() if p.exists()}
 
     def forget(self) -> None:

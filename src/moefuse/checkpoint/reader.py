@@ -45,6 +45,7 @@ _TOKENIZER = ("tokenizer*", "*vocab*", "merges.txt", "special_tokens_map.json", 
 _TOKENIZER_MODELS = ("*.tiktoken", "sentencepiece*.model", "spiece.model", "tekken.json")
 _TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json")
 _LICENCES = ("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*")
+CARD = "README.md"
 AUXILIARY = (*_TOKENIZER, *_TOKENIZER_MODELS, *_TEMPLATES, *_LICENCES)
 """Patterns of the files that a student inherits from its teacher unchanged."""
 
@@ -238,7 +239,7 @@ def _download(source: str, revision: str | None, trust_remote_code: bool) -> Pat
     _known_family(read_config(directory), trust_remote_code)
     index = directory / INDEX
     shards = set(read_weight_map(index).values()) if index.is_file() else {SINGLE}
-    wanted = [CONFIG, INDEX, *AUXILIARY, *sorted(shards)]
+    wanted = [CONFIG, INDEX, CARD, *AUXILIARY, *sorted(shards)]
     # The commit that the first call found, so that both see one version of a moving branch.
     commit = directory.name if directory.parent.name == "snapshots" else revision
     try:
