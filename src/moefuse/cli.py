@@ -24,6 +24,7 @@ from moefuse.config import (
     DistillConfig,
     FactorConfig,
     GroupConfig,
+    MeasureConfig,
     MemoryConfig,
     SizeConfig,
     build,
@@ -60,7 +61,7 @@ UP_TO_CALIBRATE = (ComputeConfig, CalibrateConfig)
 UP_TO_GROUP = (*UP_TO_CALIBRATE, SizeConfig, GroupConfig)
 UP_TO_FACTOR = (*UP_TO_GROUP, FactorConfig)
 UP_TO_DISTILL = (*UP_TO_FACTOR, DistillConfig)
-ALL_STAGES = (*UP_TO_DISTILL, AssembleConfig)
+ALL_STAGES = (*UP_TO_DISTILL, AssembleConfig, MeasureConfig)
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")]
 Work = Annotated[Path, typer.Argument(help="Directory for the artifacts of the stages.")]

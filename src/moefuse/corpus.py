@@ -264,8 +264,7 @@ def tokenize_by_document(
     together are shorter than one sequence, and for messages without a chat template.
     """
     numbered = cut_documents(documents, tokenizer, sequence_length, limit_tokens=limit_tokens)
-    total = sum(len(window) for windows in numbered.values() for window in windows)
-    _check_enough(documents, total, sequence_length if require_full else 2)
+    check_enough(documents, numbered.values(), sequence_length if require_full else 2)
     return list(numbered.values())
 
 
@@ -296,7 +295,11 @@ def cut_documents(
     return windows
 
 
-def _check_enough(documents: Sequence[Document], total: int, needed: int) -> None:
+def check_enough(
+    documents: Sequence[Document], windows: Iterable[list[Tensor]], needed: int
+) -> None:
+    """Raise ``UserError`` where ``windows`` of ``documents`` have fewer than ``needed`` tokens."""
+    total = sum(len(window) for document in windows for window in document)
     source = documents[0].source if documents else "The data"
     if total == 0:
         raise UserError(f"{source} has no text that gives two tokens or more; give more text.")

@@ -7,7 +7,7 @@ Paths of a machine have no place in it: texts and checkpoints are named by file 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,20 @@ class Measured:
     stages: tuple[Metrics, ...]
     note: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Measured":
+        """Return what ``to_json`` made ``value`` of; raises ``KeyError`` or ``TypeError``."""
+        stages = []
+        for item in value["stages"]:
+            metrics = _known(Metrics, item)
+            intervals = {name: (low, high) for name, (low, high) in metrics.intervals.items()}
+            stages.append(replace(metrics, intervals=intervals))
+        return cls(_known(Text, value["data"]), tuple(stages), value.get("note", ""))
+
 
 @dataclass(frozen=True)
 class CardRecord:
@@ -172,7 +186,7 @@ class CardRecord:
             calibrated=_known(Text, value["calibrated"]),
             distilled=_known(Distilled, value["distilled"]),
             healed=None if healed is None else _known(Healed, healed, data=Text),
-            measured=None if measured is None else _measured(measured),
+            measured=None if measured is None else Measured.from_json(measured),
             unmeasured=value.get("unmeasured"),
         )
 
@@ -182,15 +196,6 @@ def _known(kind: Any, value: Mapping[str, Any], **inner: Any) -> Any:
     names = {declared.name for declared in fields(kind)}
     given = {name: item for name, item in value.items() if name in names}
     return kind(**{n: _known(inner[n], v) if n in inner else v for n, v in given.items()})
-
-
-def _measured(value: Mapping[str, Any]) -> Measured:
-    stages = []
-    for item in value["stages"]:
-        metrics = _known(Metrics, item)
-        intervals = {name: (low, high) for name, (low, high) in metrics.intervals.items()}
-        stages.append(_known(Metrics, {**item, "intervals": intervals}))
-    return Measured(_known(Text, value["data"]), tuple(stages), value.get("note", ""))
 
 
 def save_record(directory: Path, record: CardRecord) -> None:
