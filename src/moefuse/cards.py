@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from moefuse import artifacts
-from moefuse.checkpoint.reader import CARD, CheckpointReader
+from moefuse.checkpoint.headers import CARD
+from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.evaluation.quality import Quality
 from moefuse.evaluation.rows import TEACHER, Row
 from moefuse.evaluation.stage_plot import stage_plot

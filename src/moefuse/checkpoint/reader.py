@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moefuse import artifacts
 from moefuse.checkpoint.headers import (
+    CARD,
     CONFIG,
     HUB_ERRORS,
     INDEX,
@@ -45,7 +46,6 @@ _TOKENIZER = ("tokenizer*", "*vocab*", "merges.txt", "special_tokens_map.json", 
 _TOKENIZER_MODELS = ("*.tiktoken", "sentencepiece*.model", "spiece.model", "tekken.json")
 _TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json")
 _LICENCES = ("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "USE_POLICY*")
-CARD = "README.md"
 AUXILIARY = (*_TOKENIZER, *_TOKENIZER_MODELS, *_TEMPLATES, *_LICENCES)
 """Patterns of the files that a student inherits from its teacher unchanged."""
 

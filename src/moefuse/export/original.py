@@ -1,15 +1,19 @@
 """Who the original of a student is: its name on the hub, and what of its card holds on."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
-from moefuse.checkpoint.reader import CARD, CheckpointReader
+from moefuse.checkpoint.headers import CARD
 from moefuse.export.record import Base
+
+if TYPE_CHECKING:
+    # torch takes seconds to import, and reading a card needs none of it.
+    from moefuse.checkpoint.reader import CheckpointReader
 
 CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Fields of a card's front matter that are as true of a student as of its teacher."""
@@ -17,7 +21,7 @@ CACHED = "models--"
 """How the hub's cache begins the name of a model's directory."""
 
 
-def original_of(reader: CheckpointReader) -> Base:
+def original_of(reader: "CheckpointReader") -> Base:
     """Tell who the teacher is, by its place in the hub's cache, its own card or its directory."""
     front = front_matter(reader.directory / CARD)
     metadata = {key: front[key] for key in CARRIED_OVER if _is_words(front.get(key))}
