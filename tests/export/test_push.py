@@ -141,9 +141,8 @@ def test_a_dry_run_is_the_default_and_asks_the_hub_nothing(checkpoint: Path, hub
     total = sum(map(len, files.values()))
     assert f"{len(files)} files, {total:,} bytes" in ended.out
     assert f"{REPO} (private, where it is new)" in ended.out
-    assert ended.out.endswith(
-        f"Nothing was uploaded. To do so:\n  moefuse push {checkpoint} {REPO} --no-dry-run --private\n"
-    )
+    command = f"moefuse push {checkpoint} {REPO} --no-dry-run --private"
+    assert ended.out.endswith(f"Nothing was uploaded. To do so:\n  {command}\n")
 
 
 def test_a_card_without_a_licence_is_pointed_out(checkpoint: Path) -> None:
