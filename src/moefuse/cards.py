@@ -129,7 +129,7 @@ def _form(sizes: Teacher, plan: Plan) -> Form:
         neurons.update(layer.neurons)
     return replace(
         form,
-        neurons=dict(sorted(neurons.items(), key=lambda item: int(item[0]))),
+        neurons=dict(sorted(neurons.items(), key=lambda item: float(item[0]))),
         shared=max(layer.shared for layer in layers),
         kept=plan.neurons_kept,
         mean_bits=plan.mean_bits,

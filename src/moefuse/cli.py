@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +27,10 @@ from moefuse.config import (
     MeasureConfig,
     MemoryConfig,
     SizeConfig,
+    TeachConfig,
     build,
     fields_of,
+    parse_count,
     read_yaml,
 )
 from moefuse.console import errors
@@ -77,15 +79,22 @@ FewShot = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
-def with_settings(*stages: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of ``stages`` and ``--config``; it receives them as ``values``."""
+def with_settings(
+    *stages: type, renamed: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of ``stages`` and ``--config``; it receives them as ``values``.
+
+    ``renamed`` are settings whose usual flag means something else in this command, with the flag
+    that they have instead.
+    """
+    flag_names = renamed or {}
     declared = fields_of(stages)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(*args: Any, config: Path | None = None, **given: Any) -> None:
-            flags = {name: given.pop(name) for name in declared}
-            values = read_yaml(config, stages) if config else {}
+            flags = {name: given.pop(flag_names.get(name, name)) for name in declared}
+            values = read_yaml(config, stages, flag_names) if config else {}
             values |= {name: value for name, value in flags.items() if value is not None}
             for stage in stages:
                 build(stage, values)
@@ -94,7 +103,9 @@ def with_settings(*stages: type) -> Callable[[Callable[..., None]], Callable[...
         own = inspect.signature(command, eval_str=True).parameters.values()
         kept = [parameter for parameter in own if parameter.name != "values"]
         added = [
-            _parameter(name, field.type, field.metadata["help"], field.default)
+            _parameter(
+                flag_names.get(name, name), field.type, field.metadata["help"], field.default
+            )
             for name, field in declared.items()
         ]
         added.append(_parameter("config", Path, "Settings from a YAML file; flags win.", None))
@@ -136,6 +147,17 @@ def inspect_command(checkpoint: Checkpoint, revision: Revision = None, json_: Js
 def plan(
     checkpoint: Checkpoint,
     values: dict[str, Any],
+    scaling: Annotated[
+        Path | None,
+        typer.Option(help="A scaling.json of 'moefuse scaling': tell what quality it foretells."),
+    ] = None,
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens that the student is to be healed on, such as 4M, for --scaling. "
+            "[default: the most that were measured]"
+        ),
+    ] = None,
     revision: Revision = None,
     json_: Json = False,
 ) -> None:
@@ -145,11 +167,20 @@ def plan(
     """
     from moefuse import planning
 
+    if heal_tokens is not None and scaling is None:
+        raise UserError("--heal-tokens needs --scaling, the grid that foretells what healing does.")
     if planning.asks_for_common_sizes(values):
+        if scaling is not None:
+            raise UserError("--scaling needs a size; give --groups, --rank, a budget or --vram.")
         sizes = planning.plan_common_sizes(checkpoint, values, revision=revision)
         _print_json(sizes.to_json()) if json_ else _show(planning.render_common_sizes(sizes))
         return
     planned = planning.plan_checkpoint(checkpoint, values, revision=revision)
+    if scaling is not None:
+        tokens = None if heal_tokens is None else parse_count(heal_tokens, "--heal-tokens")
+        planned = planning.with_quality(
+            planned, checkpoint, scaling, tokens=tokens, revision=revision
+        )
     _print_json(planned.to_json()) if json_ else _show(planning.render_plan(planned))
 
 
@@ -233,6 +264,38 @@ def assemble_command(
     job = Job(checkpoint, work, values, revision=revision, trust_remote_code=trust_remote_code)
     job.check_apart(out)
     job.assemble(out)
+
+
+@app.command("teach")
+@with_settings(ComputeConfig, TeachConfig)
+def teach_command(
+    checkpoint: Checkpoint,
+    cache: Annotated[Path, typer.Argument(help="Directory of the teacher cache.")],
+    values: dict[str, Any],
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Keep a teacher's likeliest words on a text, so that students heal without the teacher."""
+    from moefuse.healing.teach import teach
+
+    made = teach(
+        checkpoint,
+        cache,
+        values,
+        overwrite=overwrite,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if json_:
+        _print_json(made.to_json())
+        return
+    kept = made.manifest
+    typer.echo(
+        f"Kept {kept.top} + {kept.tail} words of each of {kept.tokens} tokens in {cache}: "
+        f"{kept.bytes_per_token:.0f} bytes a token, {made.seconds:.0f} s."
+    )
 
 
 @app.command("eval")
@@ -417,6 +480,80 @@ def push_command(
         typer.echo(describe(upload))
     else:
         typer.echo(push(upload))
+
+
+@app.command("scaling")
+@with_settings(
+    *UP_TO_CALIBRATE,
+    GroupConfig,
+    FactorConfig,
+    DistillConfig,
+    renamed={"tokens": "calibration_tokens"},
+)
+def scaling_command(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Directory for students, artifacts and the report.")],
+    values: dict[str, Any],
+    groups: Annotated[
+        str, typer.Option(help="Fused experts in a layer, with commas between.")
+    ] = "1,2,4,8,16,32",
+    ranks: Annotated[
+        str, typer.Option(help="Ranks of every expert's delta, with commas between.")
+    ] = "0,2,4,8,16,32",
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="Tokens to heal on, each by a schedule of its own, with commas between; students "
+            "that are not healed are measured besides."
+        ),
+    ] = "0.5M,1M,2M,4M,8M",
+    seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on.")] = 1,
+    cross: Annotated[
+        bool, typer.Option("--cross", help="Measure only the axes through --middle.")
+    ] = False,
+    middle: Annotated[
+        str | None,
+        typer.Option(
+            help="Groups, rank and tokens through which the laws are read, such as 8,8,4M. "
+            "[default: the largest of each]"
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on: a file, a folder, JSONL or a hub data set."),
+    ] = None,
+    held_out_tokens: Annotated[int, typer.Option(help="Most tokens to measure on.")] = 12_288,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Do only part I of N, as I/N from 0/N on, to run several at once."),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Measure how KL follows groups, rank and healing tokens, and judge the three scaling laws."""
+    from moefuse.evaluation.scaling_report import summary
+    from moefuse.scaling import read_grid, scaling
+
+    first = build(ComputeConfig, values).seed
+    found = scaling(
+        checkpoint,
+        out,
+        values,
+        read_grid(groups, ranks, tokens, seeds, first_seed=first, cross=cross, middle=middle),
+        held_out=held_out,
+        held_out_tokens=held_out_tokens,
+        part=part,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if json_:
+        _print_json(found.to_json())
+    elif found.report is None:
+        typer.echo(f"{found.missing} students are still to be done by other parts.")
+    else:
+        typer.echo(summary(found.report))
+        typer.echo(f"Report and plots are in {out}.")
 
 
 @app.command("demo")

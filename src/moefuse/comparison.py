@@ -319,8 +319,22 @@ def measure_contenders(
         teacher, _ = load_model(job.reader.directory, dtype="float32", device=job.device)
     family = job.reader.family
     models = {c.name: model_with(teacher, family, c.students) for c in contenders}
+    found = measure_models(job, models, held_out, teacher=teacher, description=description)
+    rows = [contender_row(job, contender, found[contender.name]) for contender in contenders]
+    return [teacher_row(job, found[TEACHER]), *rows]
+
+
+def measure_models(
+    job: Job,
+    models: Mapping[str, PreTrainedModel],
+    held_out: HeldOut,
+    *,
+    teacher: PreTrainedModel,
+    description: str | None = "Evaluate",
+) -> dict[str, Quality]:
+    """Measure whole models and the teacher in lockstep; progress as in ``measure_contenders``."""
     with job.suited_threads():
-        found = evaluate(
+        return evaluate(
             {TEACHER: teacher, **models},
             held_out.sequences,
             teacher=teacher,
@@ -329,8 +343,6 @@ def measure_contenders(
             device=job.device,
             description=description,
         )
-    rows = [contender_row(job, contender, found[contender.name]) for contender in contenders]
-    return [teacher_row(job, found[TEACHER]), *rows]
 
 
 def contenders_at(

@@ -241,6 +241,36 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class TeachConfig:
+    """What of a teacher's logits is kept for healing without it, and on what text."""
+
+    data: str | None = setting(
+        None, "Text to heal on: a file, a folder, JSONL with text or messages, or a hub data set."
+    )
+    tokens: str = setting("10M", "Tokens to take from the text, such as 10M.")
+    top: int = setting(64, "Likeliest words whose logits are kept of every token.", at_least=1)
+    tail: int = setting(
+        8, "Words drawn from the rest of every token's distribution, so that it counts.", at_least=1
+    )
+    sequence_length: int = setting(512, "Tokens in one packed row.", at_least=2)
+    batch_size: int = setting(8, "Rows in one batch.", at_least=1)
+    wave_tokens: str = setting(
+        "1M", "Tokens that pass through the teacher together; the disk holds their hidden states."
+    )
+
+    @property
+    def token_count(self) -> int:
+        """``tokens`` as a number; raises ``UserError``."""
+        return parse_count(self.tokens, "--tokens", of="tokens")
+
+    @property
+    def wave_rows(self) -> int:
+        """How many rows pass through the teacher together, whole batches; raises ``UserError``."""
+        rows = parse_count(self.wave_tokens, "--wave-tokens", of="tokens") // self.sequence_length
+        return max(rows // self.batch_size, 1) * self.batch_size
+
+
+@dataclass(frozen=True)
 class AssembleConfig:
     """How the student is written."""
 
@@ -259,6 +289,81 @@ class MeasureConfig:
     held_out_tokens: int = setting(
         12_288, "Most tokens to measure on; 0 leaves the student unmeasured.", at_least=0
     )
+
+
+TRAINED = ("all", "experts", "deltas")
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """How a whole student is healed: end to end, against the teacher's predictions."""
+
+    data: str | None = setting(
+        None, "Text to heal on: a file, a folder, JSONL with text or messages, or a hub data set."
+    )
+    tokens: str = setting("10M", "Tokens to train on; text that holds fewer is used again.")
+    sequence_length: int = setting(512, "Tokens in one row of packed text.", at_least=2)
+    batch_size: int = setting(16, "Rows in one batch of one process.", at_least=1)
+    accumulate: int = setting(1, "Batches of a process in one optimiser step.", at_least=1)
+    train: str = setting(
+        "all",
+        "What is trained: all; experts, the routed ones; deltas, only what every expert has of its "
+        "own beside its base (deltas, scales, biases), which takes the least memory.",
+        choices=TRAINED,
+    )
+    router: bool | None = setting(None, "Train the router as well. [default: with --train all]")
+    expert_rate: float = setting(
+        1e-3, "Peak learning rate of the routed experts.", at_least=0, at_most=1
+    )
+    code_rate: float = setting(
+        1e-3, "Peak learning rate of low-bit rows and codebooks.", at_least=0, at_most=1
+    )
+    rate: float = setting(
+        5e-4, "Peak learning rate of all else: attention, embeddings, ...", at_least=0, at_most=1
+    )
+    router_rate: float = setting(5e-4, "Peak learning rate of the router.", at_least=0, at_most=1)
+    warmup: float = setting(0.05, "Share of the steps spent warming up.", at_least=0, at_most=1)
+    final_rate: float = setting(
+        0.05, "Share of the peak learning rate left at the end.", at_least=0, at_most=1
+    )
+    weight_decay: float = setting(0.0, "Weight decay.", at_least=0, at_most=1)
+    forward_kl: float = setting(
+        1.0, "Weight of KL(teacher || student) of the predictions.", at_least=0
+    )
+    reverse_kl: float = setting(
+        0.0, "Weight of KL(student || teacher) of the predictions.", at_least=0
+    )
+    cross_entropy: float = setting(0.0, "Weight of the text's own cross-entropy.", at_least=0)
+    hidden: float = setting(
+        0.0, "Weight of the distance of all layers' hidden states from the teacher's.", at_least=0
+    )
+    temperature: float = setting(
+        1.0, "Temperature of both models' predictions in the losses.", at_least=0.01, at_most=100
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute layers on the way back, for less memory and a third more time."
+    )
+    save_steps: int = setting(200, "Optimiser steps between checkpoints.", at_least=1)
+    logging_steps: int = setting(10, "Optimiser steps between lines of the log.", at_least=1)
+    eval_steps: int = setting(
+        100, "Optimiser steps between measurements on --held-out.", at_least=1
+    )
+    report_to: str = setting(
+        "none", "Where Hugging Face Trainer reports to besides: none, tensorboard, wandb, ..."
+    )
+
+    def __post_init__(self) -> None:
+        parse_count(self.tokens, "--tokens")
+        if not (self.forward_kl or self.reverse_kl or self.cross_entropy or self.hidden):
+            raise UserError(
+                "All losses have the weight 0; give one of --forward-kl, --reverse-kl, "
+                "--cross-entropy and --hidden a weight."
+            )
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether the router is trained."""
+        return self.train == "all" if self.router is None else self.router
 
 
 def flag_of(name: str) -> str:
@@ -318,10 +423,13 @@ def _check_bounds(flag: str, value: float, allowed: Mapping[str, Any]) -> None:
         raise UserError(f"{flag} is {value}; it must be at most {largest}.")
 
 
-def read_yaml(path: Path, stages: Sequence[type]) -> dict[str, Any]:
+def read_yaml(
+    path: Path, stages: Sequence[type], renamed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Read settings from a YAML file whose keys are field names (dashes count as underscores).
 
-    Raises ``UserError`` for a file that cannot be read and for a key that no stage knows.
+    ``renamed`` are the fields that have another name in this command, with that name. Raises
+    ``UserError`` for a file that cannot be read and for a key that no stage knows.
     """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -331,22 +439,22 @@ def read_yaml(path: Path, stages: Sequence[type]) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"The configuration {path} must be a mapping of settings to values.")
     values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
-    known = fields_of(stages)
+    named = {(renamed or {}).get(name, name): name for name in fields_of(stages)}
     for key in values:
-        if key not in known:
+        if key not in named:
             raise UserError(
                 f"The configuration {path} has the key {key!r}, which is no setting of this "
-                f"command; it knows {', '.join(known)}."
+                f"command; it knows {', '.join(named)}."
             )
-    return values
+    return {named[key]: value for key, value in values.items()}
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
-def parse_count(text: str, flag: str) -> int:
-    """Read ``4B``, ``350M`` or ``1.5e9`` as a number of parameters; raises ``UserError``."""
-    return _parse(text, flag, "a number of parameters such as 4B or 350M", text.strip().upper())
+def parse_count(text: str, flag: str, of: str = "parameters") -> int:
+    """Read ``4B``, ``350M`` or ``1.5e9`` as a number of what ``of`` says; raises ``UserError``."""
+    return _parse(text, flag, f"a number of {of} such as 4B or 350M", text.strip().upper())
 
 
 def parse_bytes(text: str, flag: str) -> int:

@@ -42,6 +42,42 @@ def say(message: str) -> None:
     errors.print(message, markup=False, soft_wrap=True)
 
 
+class Meter:
+    """The same for work that calls back instead of being looped over; use it in a ``with``."""
+
+    def __init__(self, description: str, total: int, *, done: int = 0) -> None:
+        """Show how much of ``total`` is done; ``done`` of it was before, and makes no rate."""
+        self.description, self.total, self.done = description, total, done
+        self.before = done
+        self.start = self.said = time.monotonic()
+        self.progress = Progress(*_columns(), console=errors) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Meter":
+        if self.progress is not None:
+            self.progress.start()
+            self.task = self.progress.add_task(self.description, total=self.total)
+            self.progress.update(self.task, completed=self.done)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def reach(self, done: int, told: str = "") -> None:
+        """Show that ``done`` of the total is done, and what there is to tell about it."""
+        self.done = done
+        description = f"{self.description} {told}".rstrip()
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done, description=description)
+            return
+        now = time.monotonic()
+        if done == self.total or now - self.said >= PLAIN_SECONDS:
+            rate = (done - self.before) / max(now - self.start, 1e-9)
+            left = (self.total - done) / max(rate, 1e-9)
+            say(f"{description}: {done}/{self.total}, {rate:.1f}/s, {left:.0f} s left")
+            self.said = now
+
+
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
     """Yield ``items`` while showing how far the work is.
 
@@ -54,8 +90,8 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
         yield from _lines(items, description, count)
 
 
-def _bar(items: Iterable[Item], description: str, count: int) -> Iterator[Item]:
-    columns = (
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -63,7 +99,10 @@ def _bar(items: Iterable[Item], description: str, count: int) -> Iterator[Item]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors) as progress:
+
+
+def _bar(items: Iterable[Item], description: str, count: int) -> Iterator[Item]:
+    with Progress(*_columns(), console=errors) as progress:
         yield from progress.track(items, total=count, description=description)
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moefuse.errors import UserError
 
@@ -223,6 +223,33 @@ def _pick(row: dict[str, Any], column: str) -> dict[str, Any]:
     return {key: row[column]}
 
 
+def load_tokenizer(
+    directory: Path, source: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the checkpoint in ``directory``, which people know as ``source``.
+
+    Raises ``UserError`` where there is none that can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers fail in as many ways as there are formats
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"The tokenizer in {source} cannot be loaded ({reason}); download the "
+            "checkpoint's tokenizer files again."
+        ) from error
+
+
+def check_known(sequences: Iterable[Tensor], vocabulary: int, source: str) -> None:
+    """Raise ``UserError`` for tokens beyond the vocabulary of the model in ``source``."""
+    largest = max(int(ids.max()) for ids in sequences)
+    if largest >= vocabulary:
+        raise UserError(
+            f"The tokenizer in {source} gives the token {largest}, but the model "
+            f"knows only {vocabulary}; tokenizer and weights are of different models."
+        )
+
+
 def tokenize(
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
@@ -264,7 +291,8 @@ def tokenize_by_document(
     together are shorter than one sequence, and for messages without a chat template.
     """
     numbered = cut_documents(documents, tokenizer, sequence_length, limit_tokens=limit_tokens)
-    check_enough(documents, numbered.values(), sequence_length if require_full else 2)
+    total = sum(len(window) for windows in numbered.values() for window in windows)
+    check_enough(documents, total, sequence_length if require_full else 2)
     return list(numbered.values())
 
 
@@ -295,11 +323,8 @@ def cut_documents(
     return windows
 
 
-def check_enough(
-    documents: Sequence[Document], windows: Iterable[list[Tensor]], needed: int
-) -> None:
-    """Raise ``UserError`` where ``windows`` of ``documents`` have fewer than ``needed`` tokens."""
-    total = sum(len(window) for document in windows for window in document)
+def check_enough(documents: Sequence[Document], total: int, needed: int) -> None:
+    """Raise ``UserError`` where all documents together give fewer tokens than are needed."""
     source = documents[0].source if documents else "The data"
     if total == 0:
         raise UserError(f"{source} has no text that gives two tokens or more; give more text.")
@@ -318,11 +343,12 @@ def _token_ids(document: Document, tokenizer: PreTrainedTokenizerBase, limit: in
     if document.text is None:
         ids = _chat_ids(document, tokenizer)
     else:
-        ids = _text_ids(document.text, tokenizer, limit)
+        ids = text_ids(document.text, tokenizer, limit)
     return torch.tensor(ids[:limit], dtype=torch.int64)
 
 
-def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
+    """Return the text's token ids: the first ``limit`` or more of them, or all where it is None."""
     if limit is not None:
         prefix = text[: CHARACTERS_PER_TOKEN * (limit + TOKENS_NEAR_A_CUT)]
         ids = _encode(prefix, tokenizer)
@@ -337,20 +363,35 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _chat_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return cast(list[int], apply_template(document, tokenizer)["input_ids"])
+
+
+def apply_template(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]] | None = None,
+    **options: Any,
+) -> Any:
+    """Return what the tokenizer's own chat template makes of a conversation, or of some of it.
+
+    ``messages`` (default: all of the document's) are a prefix of them; ``options`` are those of
+    ``apply_chat_template``, and what comes back is a mapping with ``input_ids`` unless they say
+    otherwise. Raises ``UserError`` without a template and for messages that it refuses.
+    """
     if tokenizer.chat_template is None:
         raise UserError(
             f"{document.source} holds messages, but the tokenizer has no chat template; "
             "give plain text instead."
         )
+    given: Any = document.messages if messages is None else messages
     try:
-        encoded = tokenizer.apply_chat_template(
-            cast(Any, document.messages), tokenize=True, return_dict=True
+        return tokenizer.apply_chat_template(
+            given, **{"tokenize": True, "return_dict": True, **options}
         )
     except Exception as error:  # a template is a program; it raises what it likes
         raise UserError(
             f"{document.source}: the tokenizer's chat template refuses the messages ({error})."
         ) from error
-    return cast(list[int], cast(Any, encoded)["input_ids"])
 
 
 def batch_order(lengths: Iterable[int], batch_size: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moefuse import corpus, demo
 from moefuse.calibration.collect import Batch
@@ -86,16 +86,11 @@ class JobInputs:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer."""
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.reader.directory, trust_remote_code=self.trust_remote_code
-            )
-        except Exception as error:  # tokenizers fail in as many ways as there are formats
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise UserError(
-                f"The tokenizer in {self.reader.source} cannot be loaded ({reason}); download the "
-                "checkpoint's tokenizer files again."
-            ) from error
+        return corpus.load_tokenizer(
+            self.reader.directory,
+            self.reader.source,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @cached_property
     def plan(self) -> Plan:
@@ -150,13 +145,7 @@ class JobInputs:
         return self.measuring.held_out or (demo.heldout_path() if self._is_bundled else None)
 
     def _check_known(self, sequences: Sequence[Tensor]) -> None:
-        largest = max(int(ids_T.max()) for ids_T in sequences)
-        known = self.teacher.config.vocab_size
-        if largest >= known:
-            raise UserError(
-                f"The tokenizer in {self.reader.source} gives the token {largest}, but the model "
-                f"knows only {known}; tokenizer and weights are of different models."
-            )
+        corpus.check_known(sequences, self.teacher.config.vocab_size, self.reader.source)
 
     @cached_property
     def _is_bundled(self) -> bool:

@@ -40,8 +40,8 @@ def read_calibration(
     documents = corpus.load_documents(source)
     length = wanted.sequence_length
     windows = corpus.cut_documents(documents, tokenizer, length, limit_tokens=wanted.tokens)
-    corpus.check_enough(documents, windows.values(), length)
     sequences = [window for document in windows.values() for window in document]
+    corpus.check_enough(documents, sum(map(len, sequences)), length)
     if left_over_tokens < LEAST_LEFT_OVER:
         return sequences, None
     rest = documents[max(windows) + 1 :]

@@ -28,16 +28,21 @@ def check_new(path: Path) -> None:
     check_place(path)
 
 
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it may be replaced; raises ``UserError``."""
+def check_output(
+    out: Path, *, overwrite: bool, mark: str = "config.json", what: str = "checkpoint"
+) -> None:
+    """Refuse an output that exists, unless it may be replaced; raises ``UserError``.
+
+    Only a ``what``, known by its file ``mark``, may be replaced.
+    """
     check_new(out)
     if not out.exists():
         return
     if not overwrite:
         raise UserError(f"{out} exists already; choose another name or pass --overwrite.")
-    if any(out.iterdir()) and not (out / "config.json").is_file():
+    if any(out.iterdir()) and not (out / mark).is_file():
         raise UserError(
-            f"{out} holds something that is no checkpoint, so --overwrite does not replace it; "
+            f"{out} holds something that is no {what}, so --overwrite does not replace it; "
             "choose another name or remove it."
         )
 

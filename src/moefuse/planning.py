@@ -1,7 +1,7 @@
 """``moefuse plan``: what a size costs, from headers alone, and how plans and results are shown."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from moefuse.config import (
 )
 from moefuse.devices import choose_device, choose_dtype, stored_dtype
 from moefuse.errors import UserError
+from moefuse.evaluation.forecast import Expected, Forecast, read_experience
 from moefuse.families import Family, family_of
 from moefuse.families.base import optional
 from moefuse.fusion.advice import percent_kept
@@ -55,7 +56,8 @@ class Planned:
     """A plan with what carrying it out and running the student take.
 
     ``plan`` and ``estimate`` are None where the unfused teacher fits the memory that was asked
-    for; ``serving`` and ``memory`` are None where no context was given.
+    for; ``serving`` and ``memory`` are None where no context was given, ``quality`` where no
+    measured grid was.
     """
 
     source: str
@@ -63,6 +65,7 @@ class Planned:
     estimate: Estimate | None
     serving: Serving | None = None
     memory: Memory | None = None
+    quality: Forecast | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``teacher_fits`` tells that nothing has to be fused."""
@@ -73,6 +76,7 @@ class Planned:
             "estimate": asdict(self.estimate) if self.estimate else None,
             "serving": asdict(self.serving) if self.serving else None,
             "memory": self.memory.to_json() if self.memory else None,
+            **({"quality": self.quality.to_json()} if self.quality else {}),
         }
 
 
@@ -138,6 +142,33 @@ def plan_checkpoint(
         serving,
         memory_of(plan.bytes if plan else teacher_bytes(teacher), needs, vram),
     )
+
+
+def with_quality(
+    planned: Planned,
+    checkpoint: str | Path,
+    scaling: str | Path,
+    *,
+    tokens: int | None = None,
+    revision: str | None = None,
+) -> Planned:
+    """Add what the grid in ``scaling`` (see ``read_experience``) foretells of a plan's quality.
+
+    ``tokens`` are those to heal on, None for the most that were measured. Raises ``UserError`` for
+    a student of own neurons, which no grid measures; where the teacher fits nothing is foretold.
+    """
+    experience = read_experience(scaling)
+    if planned.plan is None:
+        return planned
+    layer = next(iter(planned.plan.layers.values()))
+    if layer.neurons is not None:
+        raise UserError(
+            "--scaling foretells students of shared bases and deltas, and a budget alone chooses "
+            "own neurons; add --form low-rank, --groups or --rank."
+        )
+    config = read_headers(checkpoint, revision=revision).config
+    quality = experience.forecast(config, layer.groups, layer.rank, tokens)
+    return replace(planned, quality=quality)
 
 
 def asks_for_common_sizes(values: Mapping[str, Any]) -> bool:
@@ -243,6 +274,8 @@ def render_plan(planned: Planned) -> Table:
         table.add_row("student", "none needed: the teacher fits as it is")
     else:
         _add_layers(table, planned.plan, "energy of the experts lost, forecast")
+    if planned.quality is not None:
+        _add_quality(table, planned.quality)
     if planned.estimate is not None:
         table.add_row("time, estimated", _duration(planned.estimate.seconds))
         table.add_row("disk, student and artifacts", _bytes(planned.estimate.disk_bytes))
@@ -250,6 +283,21 @@ def render_plan(planned: Planned) -> Table:
     if planned.serving is not None and planned.memory is not None:
         _add_memory(table, planned.serving, planned.memory)
     return table
+
+
+def _add_quality(table: Table, quality: Forecast) -> None:
+    for expected in quality.expected:
+        stage = f"healed on {expected.tokens:,} tokens" if expected.tokens else "not healed"
+        table.add_row(f"KL to the teacher, {stage}", _expected_words(expected))
+    teacher = quality.teacher if quality.is_same_teacher else f"another teacher, {quality.teacher}"
+    table.add_row("  foretold by a grid of", teacher)
+
+
+def _expected_words(expected: Expected) -> str:
+    low, high = expected.interval
+    beyond = ", ".join(expected.beyond)
+    told = f"{expected.kl:.3g}, 95% of the time {low:.3g} to {high:.3g}"
+    return told + (f"; extrapolated beyond the {beyond} measured" if beyond else "")
 
 
 def render_common_sizes(sizes: CommonSizes) -> Table:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moefuse.artifacts import read_tensors
-from moefuse.calibration import collect as collecting
 from moefuse.calibration.collect import Batch, CalibrationStore, collect
+from moefuse.checkpoint import passing
 from moefuse.checkpoint.headers import INDEX
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.streaming import StreamedTeacher
@@ -242,14 +242,14 @@ def test_passing_on_through_the_disk_is_the_same(
     save_tiny(tmp_path / "teacher")
     collect(streamed(tmp_path / "teacher"), padded(), CalibrationStore(tmp_path / "memory"))
     read: list[str] = []
-    from_disk = collecting.artifacts.read_tensors
+    from_disk = passing.artifacts.read_tensors
 
     def reading(path: Path) -> dict[str, Tensor]:
         read.append(path.name)
         return from_disk(path)
 
-    monkeypatch.setattr(collecting, "MEMORY_BYTES", room)
-    monkeypatch.setattr(collecting.artifacts, "read_tensors", reading)
+    monkeypatch.setattr(passing, "MEMORY_BYTES", room)
+    monkeypatch.setattr(passing.artifacts, "read_tensors", reading)
     collect(streamed(tmp_path / "teacher"), padded(), CalibrationStore(tmp_path / "disk"))
 
     numbers = (0, 1, 2) if room == 0 else (1, 2)

@@ -39,6 +39,7 @@ def test_the_schema_is_the_contract() -> None:
             "bpw",
             "fraction",
             "advice",
+            "healed_tokens",
         ),
     ]
     assert set(COLUMNS) == set(names) - {"intervals", "tasks", "advice"}

@@ -128,7 +128,7 @@ def test_a_large_model_is_quantised_where_two_bits_for_all_fit(
     assert plan.advice.startswith("quantise, do not fuse: every neuron is kept, at ")
 
 
-@pytest.mark.parametrize(("expert_bits", "kept"), [(1.95, 0.97), (1.0, 0.49), (0.5, 0.465)])
+@pytest.mark.parametrize(("expert_bits", "kept"), [(1.95, 0.97), (1.0, 0.62), (0.5, 0.465)])
 def test_a_large_models_plan_says_what_share_it_keeps(expert_bits: float, kept: float) -> None:
     plan = planned(LITE, expert_bits=expert_bits)
 
@@ -213,7 +213,7 @@ def test_the_plan_as_json_has_it_all() -> None:
 
     assert 0 < told["energy_lost"] < 0.2
     assert 0.7 < told["neurons_kept"] < 1
-    assert told["mean_bits"] == 2
+    assert 1.6 < told["mean_bits"] < 2
     assert re.fullmatch(
         r"prune and quantise: [0-9.]+% of the neurons are kept, at [0-9]\.[0-9] bits on average",
         told["advice"],

@@ -12,6 +12,7 @@ from moefuse.fusion.keep import Kept, fit_shared_gains, keep, layer_neurons, sha
 from moefuse.fusion.neurons import importance, neurons
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
+from moefuse.modeling.modeling_moefuse import own_name
 from moefuse.modeling.naive import own_neurons
 from moefuse.sizes import LayerPlan
 
@@ -89,7 +90,7 @@ def test_every_expert_gets_its_own_neurons_at_their_bits(seed: int) -> None:
     for number, bits in enumerate(LOW_BITS[1:], start=1):
         chosen = (bits_EF == number).flatten().nonzero().flatten()
         if bits != "16" and len(chosen):
-            assert torch.equal(latents[f"own.bits{bits}"], rows_PND[:, chosen])
+            assert torch.equal(latents[f"own.{own_name(bits)}"], rows_PND[:, chosen])
     for expert in range(E):
         whole = (bits_EF[expert] == LOW_BITS.index("16")).nonzero().flatten()
         own = own_neurons(made, expert)

@@ -227,20 +227,53 @@ def test_without_shared_experts_shared_neurons_may_take_the_whole_budget(itemsiz
             assert all(plan.shared > 0.95 * kept / (1 + 16 / 768) for plan in plans.values())
 
 
-@pytest.mark.parametrize(("bits", "width"), [(0.25, "1"), (0.7, "1"), (0.8, "2"), (1.9, "2")])
-def test_while_neurons_are_lost_the_others_have_few_bits(bits: float, width: str) -> None:
+@pytest.mark.parametrize(
+    ("bits", "widths"),
+    [
+        (0.25, {"1"}),
+        (0.6, {"1"}),
+        (0.7, {"1.33"}),
+        (0.9, {"1.6"}),
+        (1.2, {"1.6"}),
+        (1.5, {"1.6", "2"}),
+        (1.9, {"1.6", "2"}),
+    ],
+)
+def test_while_neurons_are_lost_the_others_have_few_bits(bits: float, widths: set[str]) -> None:
     budget = int(2 * 16 * 3 * 256 * 256 * bits / 8)
     chosen, plans = settle(LARGE, energies(LARGE), budget, wish(expert_bits=bits), 2)
-    assert {w for plan in plans.values() for w in plan.neurons or {}} == {width}
-    assert {int(c) for part in chosen.values() for c in part.unique()} <= {
-        0,
-        LOW_BITS.index(width),
-    }
+    assert {w for plan in plans.values() for w in plan.neurons or {}} == widths
+    assert {LOW_BITS[int(c)] for part in chosen.values() for c in part.unique()} == {"0"} | widths
 
     more = int(2 * 16 * 3 * 256 * 256 * 2.5 / 8)
     _, richer = settle(LARGE, energies(LARGE), more, wish(expert_bits=2.5), 2)
     assert {w for plan in richer.values() for w in plan.neurons or {}} > {"2"}
     assert all(sum((plan.neurons or {}).values()) == 16 * 256 for plan in richer.values())
+
+
+@pytest.mark.parametrize(
+    ("bits", "widths"),
+    [
+        (1.1, {"1", "1.14"}),
+        (1.3, {"1.14", "1.33"}),
+        (1.5, {"1.33", "1.6"}),
+        (1.9, {"1.6", "2"}),
+    ],
+)
+def test_without_shared_experts_all_are_kept_while_they_can_have_a_bit(
+    bits: float, widths: set[str]
+) -> None:
+    budget = int(2 * 16 * 3 * 256 * 256 * bits / 8)
+    _, plans = settle(ALL_ROUTED, energies(ALL_ROUTED), budget, wish(expert_bits=bits), 2)
+    assert {w for plan in plans.values() for w in plan.neurons or {}} == widths
+    assert all(sum((plan.neurons or {}).values()) == 16 * 256 for plan in plans.values())
+    taken = sum(layer_bytes(ALL_ROUTED, plan, 2) for plan in plans.values())
+    assert 0.98 * budget <= taken <= budget
+
+    less = int(2 * 16 * 3 * 256 * 256 * 0.9 / 8)
+    _, fewer = settle(ALL_ROUTED, energies(ALL_ROUTED), less, wish(expert_bits=0.9), 2)
+    assert {w for plan in fewer.values() for w in plan.neurons or {}} == {"1"}
+    assert any(sum((plan.neurons or {}).values()) < 16 * 256 for plan in fewer.values())
 
 
 def test_more_shared_neurons_than_the_budget_holds_are_told_before_work() -> None:

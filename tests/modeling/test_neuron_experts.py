@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from moefuse.config import DistillConfig
 from moefuse.distillation.loop import distill_layer
 from moefuse.mathematics.experts import ExpertsCall
-from moefuse.modeling.modeling_moefuse import CODED, CodedRows, NeuronExperts, make_rows
+from moefuse.modeling.modeling_moefuse import (
+    CODED,
+    CodedRows,
+    NeuronExperts,
+    make_rows,
+    own_name,
+)
 from moefuse.modeling.naive import all_rows, naive_neurons
 from moefuse.modeling.training import TrainedNeuronExperts, TrainedRows, encode, padded_own
 
@@ -101,7 +107,7 @@ def layers(draw: st.DrawFn) -> Sizes:
         hidden=draw(st.integers(1, 11)),
         most=draw(st.integers(0, 3)),
         shared=draw(st.sampled_from([0, 0, 1, 3])),
-        bits=tuple(sorted(draw(st.sets(st.sampled_from(WIDTHS))), key=int)),
+        bits=tuple(sorted(draw(st.sets(st.sampled_from(WIDTHS))), key=float)),
         shared_bits=draw(st.sampled_from(["2", "16"])),
         gain_bits=draw(st.sampled_from(["4", "16"])),
     )
@@ -304,7 +310,7 @@ def test_gradients_reach_everything_that_is_learnt() -> None:
 
     names = {name for name, _ in student.named_parameters()}
     for bits in CODED:
-        assert {f"own.bits{bits}.{part}" for part in ("latent", "codebook", "scale")} <= names
+        assert {f"own.{own_name(bits)}.{part}" for part in ("latent", "codebook", "scale")} <= names
     assert {"own.bits16.weight", "shared.latent", "gain.latent", "gain.scale"} <= names
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

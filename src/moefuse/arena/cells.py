@@ -110,16 +110,17 @@ def read_wishes(
 ) -> Wishes:
     """Read what the command line says, lists with commas between; raises ``UserError``."""
     return Wishes(
-        methods=tuple(contestants()) if methods == ALL else _listed("--methods", methods, str),
-        fractions=_listed("--fractions", fractions, float),
+        methods=tuple(contestants()) if methods == ALL else listed("--methods", methods, str),
+        fractions=listed("--fractions", fractions, float),
         seeds=seeds,
         first_seed=first_seed,
-        bits=_listed("--bits", bits, float),
+        bits=listed("--bits", bits, float),
         quantise=quantise,
     )
 
 
-def _listed(flag: str, text: str, read: Callable[[str], Value]) -> tuple[Value, ...]:
+def listed(flag: str, text: str, read: Callable[[str], Value]) -> tuple[Value, ...]:
+    """Read a flag's values with commas between, each once; raises ``UserError``."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     try:
         found = tuple(dict.fromkeys(read(word) for word in words))
@@ -130,7 +131,7 @@ def _listed(flag: str, text: str, read: Callable[[str], Value]) -> tuple[Value, 
     return found
 
 
-def part_of(cells: Sequence[Cell], part: str | None) -> list[Cell]:
+def part_of(cells: Sequence[Value], part: str | None) -> list[Value]:
     """Return the cells of ``part``, ``I/N``: every N-th from the I-th on, counted from 0.
 
     None is all of them. Raises ``UserError`` for anything else.

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moefuse import artifacts, demo
+from moefuse import demo
 from moefuse.arena.bench import LIKE_OURS, Bench, alone
+from moefuse.arena.board import Board
 from moefuse.arena.cells import Cell, Wishes, part_of
 from moefuse.arena.report import Impossible, write_comparison
 from moefuse.arena.students import make_contenders
@@ -20,7 +21,7 @@ from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.comparison import Contender, HeldOut, measure_contenders, model_with
 from moefuse.console import say, track
 from moefuse.errors import UserError
-from moefuse.evaluation.report import Row, machine_meta, report_json, row_from_json
+from moefuse.evaluation.report import Row, machine_meta, report_json
 from moefuse.evaluation.rows import TEACHER
 from moefuse.evaluation.run import TaskRunner, task_runner
 from moefuse.pipeline import Job
@@ -97,7 +98,7 @@ def compare(
         limit=limit,
         num_fewshot=num_fewshot,
     )
-    board = Board(out / "cells", _settings(job, text, wishes.quantise, runner))
+    board = Board(Cell, out / "cells", _settings(job, text, wishes.quantise, runner))
     todo = [cell for cell in mine if not board.has(cell)]
     if todo:
         with alone(job.work / "calibrate.lock"):
@@ -142,52 +143,6 @@ def _settings(job: Job, text: HeldOut, quantise: str, tasks: TaskRunner) -> dict
     return settings if tasks.asked is None else {**settings, "tasks": tasks.asked}
 
 
-class Board:
-    """The finished cells: one file each in ``directory``, made with the same ``settings``."""
-
-    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
-        self.directory = directory
-        self.settings = settings
-
-    def path(self, cell: Cell) -> Path:
-        """Return the file of one cell."""
-        return self.directory / f"{cell.name}.json"
-
-    def has(self, cell: Cell) -> bool:
-        """Say whether a cell is done; raises ``UserError`` if it was with other settings."""
-        path = self.path(cell)
-        if not path.exists():
-            return False
-        if artifacts.read_json(path)["settings"] != self.settings:
-            raise UserError(
-                f"{path} was measured with other settings or texts; repeat those or choose "
-                "another output."
-            )
-        return True
-
-    def write(self, cell: Cell, found: dict[str, Any]) -> None:
-        """Keep what was found of a cell."""
-        value = {"cell": asdict(cell), "settings": self.settings, **found}
-        artifacts.write_json(self.path(cell), value)
-
-    def read(self, cell: Cell) -> tuple[list[Row], str | None, dict[str, Any] | None]:
-        """Return what is known of a cell.
-
-        These are its rows, the teacher's first; why it is impossible, should it be; and what the
-        scores of its tasks depend on, had it any.
-        """
-        found = artifacts.read_json(self.path(cell))
-        rows = [row_from_json(item) for item in found["rows"]]
-        return rows, found["impossible"], found.get("tasks")
-
-    def others(self, cells: Sequence[Cell]) -> list[Cell]:
-        """List the finished cells besides ``cells`` that were measured with the same settings."""
-        names = {cell.name for cell in cells}
-        paths = sorted(self.directory.glob("*.json"))
-        found = [artifacts.read_json(path) for path in paths if path.stem not in names]
-        return [Cell(**item["cell"]) for item in found if item["settings"] == self.settings]
-
-
 def measure_cell(bench: Bench, cell: Cell, text: HeldOut) -> dict[str, Any]:
     """Make and measure one cell: its ``rows`` as JSON values, or why it is ``impossible``.
 
@@ -225,7 +180,7 @@ def _with_tasks(
 
 
 def _finish(
-    out: Path, board: Board, cells: Sequence[Cell], job: Job, text: HeldOut, wishes: Wishes
+    out: Path, board: Board[Cell], cells: Sequence[Cell], job: Job, text: HeldOut, wishes: Wishes
 ) -> Comparison:
     """Gather all cells and, if none is missing, write the report.
 

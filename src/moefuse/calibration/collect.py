@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from moefuse import artifacts
+from moefuse.checkpoint.passing import PassedOn, batch_file, first_unfinished
 from moefuse.checkpoint.streaming import StreamedTeacher, without_padding
 from moefuse.console import say, track
 from moefuse.errors import UserError
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
-
-MEMORY_BYTES = 1_000_000_000
 
 Batch = tuple[Tensor, Tensor]
 
@@ -76,14 +75,14 @@ def collect(teacher: StreamedTeacher, batches: list[Batch], store: CalibrationSt
     moe_layers = teacher.reader.shape.layers
     last = max(moe_layers)
     finished = all(store.layer(layer).is_dir() for layer in moe_layers)
-    first = last + 1 if finished else _first_unfinished(store, last)
+    first = last + 1 if finished else first_unfinished(store.hidden, last)
     artifacts.remove_leftovers(store.directory)
     # An interruption may have come between the next layer's input and the removal of this one's.
     for layer in range(1, first):
         shutil.rmtree(store.hidden(layer), ignore_errors=True)
     if finished:
         return
-    passed = _PassedOn(store, first)
+    passed = PassedOn(store.hidden, first)
     while passed.layer <= last:
         with teacher.loaded(passed.layer) as module:
             if passed.layer in moe_layers:
@@ -93,62 +92,11 @@ def collect(teacher: StreamedTeacher, batches: list[Batch], store: CalibrationSt
         passed.advance(needed=passed.layer < last)
 
 
-def _first_unfinished(store: CalibrationStore, last: int) -> int:
-    """Find where to go on: the latest layer whose input is on disk, or the first of all."""
-    return max((n for n in range(1, last + 1) if store.hidden(n).is_dir()), default=0)
-
-
-class _PassedOn:
-    """The hidden states between two layers: on disk always, in memory while they are small."""
-
-    def __init__(self, store: CalibrationStore, layer: int) -> None:
-        self.store = store
-        self.layer = layer
-        self.kept: dict[int, Tensor] = {}
-        self._start_output()
-
-    def _start_output(self) -> None:
-        self.partial = artifacts.partial_directory(self.store.hidden(self.layer + 1))
-        self.coming: dict[int, Tensor] = {}
-        self.room = MEMORY_BYTES
-
-    def read(self, number: int) -> Tensor | None:
-        """Return what enters the layer for one batch, or None before the first layer."""
-        if self.layer == 0:
-            return None
-        if number in self.kept:
-            return self.kept[number]
-        return artifacts.read_tensors(self.store.hidden(self.layer) / _batch_file(number))["hidden"]
-
-    def write(self, number: int, hidden_BSD: Tensor) -> None:
-        """Keep what leaves the layer for one batch."""
-        artifacts.write_tensors(self.partial / _batch_file(number), {"hidden": hidden_BSD})
-        self.room -= hidden_BSD.nbytes
-        if self.room >= 0:
-            self.coming[number] = hidden_BSD.cpu()
-
-    def advance(self, *, needed: bool) -> None:
-        """Go to the next layer: its input appears whole, that of this one is removed."""
-        if needed:
-            artifacts.finish_directory(self.partial, self.store.hidden(self.layer + 1))
-        else:
-            shutil.rmtree(self.partial)
-        shutil.rmtree(self.store.hidden(self.layer), ignore_errors=True)
-        self.kept = self.coming
-        self.layer += 1
-        if needed:
-            self._start_output()
-
-
-def _batch_file(number: int) -> str:
-    return f"batch-{number:05d}.safetensors"
-
-
 def _run_layer(
     teacher: StreamedTeacher,
     module: nn.Module,
     batches: list[Batch],
-    passed: _PassedOn,
+    passed: PassedOn,
     heard: Callable[[int], None] | None = None,
 ) -> None:
     """Pass every batch through one loaded layer; ``heard(number)`` is called after each."""
@@ -166,7 +114,7 @@ def _record_layer(
     module: nn.Module,
     batches: list[Batch],
     store: CalibrationStore,
-    passed: _PassedOn,
+    passed: PassedOn,
 ) -> None:
     """Run one MoE layer and leave what its experts received and returned, with statistics."""
     shape = teacher.reader.shape
@@ -179,7 +127,7 @@ def _record_layer(
         call = without_padding(calls.pop(), batches[number][1])
         _check_finite(call, passed.layer)
         statistics.add(call, experts)
-        artifacts.write_tensors(partial / _batch_file(number), vars(call))
+        artifacts.write_tensors(partial / batch_file(number), vars(call))
 
     with teacher.listening(module, lambda *call: calls.append(call)):
         _run_layer(teacher, module, batches, passed, heard)

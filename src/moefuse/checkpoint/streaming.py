@@ -127,11 +127,16 @@ class StreamedTeacher:
 
     @torch.no_grad()
     def embed(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor
+        self,
+        input_ids_BS: Tensor,
+        attention_mask_BS: Tensor | None = None,
+        *,
+        position_ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the first layer's input, (B, S, D), and the keyword arguments of every layer.
 
-        ``input_ids_BS`` and ``attention_mask_BS`` are (B, S) int64.
+        All are (B, S) int64. Padded rows come with ``attention_mask_BS``, packed ones with
+        ``position_ids_BS``, whose every 0 begins a piece that sees no other.
         """
         recorders = [_Recorder(layer, last=False) for layer in self.layers]
         recorders[-1].last = True
@@ -141,7 +146,8 @@ class StreamedTeacher:
         try:
             self.backbone(
                 inputs_embeds=hidden_BSD,
-                attention_mask=attention_mask_BS.to(self.device),
+                attention_mask=_moved(attention_mask_BS, self.device),
+                position_ids=_moved(position_ids_BS, self.device),
                 use_cache=False,
             )
         except _LastLayerReachedError:
@@ -221,6 +227,10 @@ class StreamedTeacher:
             yield
         finally:
             handle.remove()
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def without_padding(

@@ -51,6 +51,8 @@ class Row:
     """The budget, as a share of the bytes of the teacher's routed experts."""
     advice: str | None = None
     """In plain words what a student under a budget is, such as "quantise, do not fuse"."""
+    healed_tokens: int | None = None
+    """Tokens that the whole student was trained on after its layers were; 0 where it was not."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Setting:
     rank: int | None
     bits: float | None
     fraction: float | None = None
+    healed_tokens: int | None = None
 
     def order(self) -> tuple[float, ...]:
         """Return a sort key; what is not known comes first."""
@@ -73,6 +76,7 @@ class Setting:
             "rank": "R = {}",
             "bits": "{:g}-bit",
             "fraction": "{:g} of the bytes",
+            "healed_tokens": "healed on {:,} tokens",
         }
         values = {name: getattr(self, name) for name in names}
         return ", ".join(words[name].format(x) for name, x in values.items() if x is not None)
@@ -80,7 +84,7 @@ class Setting:
 
 def setting(row: Row) -> Setting:
     """Return what a row must share with another of its method and stage to differ by seed only."""
-    return Setting(row.groups, row.rank, row.bits, row.fraction)
+    return Setting(row.groups, row.rank, row.bits, row.fraction, row.healed_tokens)
 
 
 def stage_order(stage: str | None) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moefuse.evaluation.rows import TEACHER, Row, Setting, mean_of, setting, stage_order
 
-SETTINGS = ("groups", "rank", "bits", "fraction")
+SETTINGS = ("groups", "rank", "bits", "fraction", "healed_tokens")
 # Sizes at one budget differ a little, since experts and ranks come in whole numbers.
 SAME_SIZE = 1.1
 
@@ -148,6 +148,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "rank": ("R", str),
     "bits": ("Bits", "{:g}".format),
     "fraction": ("Budget", "{:.3g}".format),
+    "healed_tokens": ("Healed on", "{:,}".format),
     "seed": ("Seed", str),
     "kl": ("KL", short),
     "agreement": ("Agreement", "{:.1%}".format),

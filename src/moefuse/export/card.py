@@ -122,7 +122,7 @@ def _made(original: str, form: Form) -> str:
             f"{form.rank} (R) per original expert, by moefuse."
         )
     bits = ", ".join(
-        f"{form.neurons[width]:,} at {width}" for width in sorted(form.neurons, key=int)
+        f"{form.neurons[width]:,} at {width}" for width in sorted(form.neurons, key=float)
     )
     shared = f" and at most {form.shared:,} a layer that its experts share" if form.shared else ""
     return (

@@ -39,7 +39,7 @@ def mean_bits(layers: Layers, itemsize: int) -> float | None:
     own = _own(layers)
     if own is None:
         return None
-    bits = sum((8 * itemsize if b == WHOLE else int(b)) * count for b, count in own.items())
+    bits = sum((8 * itemsize if b == WHOLE else float(b)) * count for b, count in own.items())
     return bits / max(own.total(), 1)
 
 

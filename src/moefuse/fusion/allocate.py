@@ -18,10 +18,22 @@ from torch import Tensor
 
 from moefuse.modeling.modeling_moefuse import CODED
 
-LOSS = {"0": 1.0, "1": 0.5, "2": 0.13, "3": 0.07, "4": 0.04, "8": 0.001, "16": 0.0}
+LOSS = {
+    "0": 1.0,
+    "1": 0.5,
+    "1.14": 0.41,
+    "1.33": 0.32,
+    "1.6": 0.22,
+    "2": 0.13,
+    "3": 0.07,
+    "4": 0.04,
+    "8": 0.001,
+    "16": 0.0,
+}
 """Share of a neuron's energy that counts as lost by number of bits: set by the KL that students of
 the bundled teacher reached (docs/research.md)."""
-LOW_BITS = ("0", "1", "2", "3", "4", "8", "16")
+LOW_BITS = tuple(LOSS)
+"""Bits that a neuron may have where low bits are allowed, none first."""
 FULL = ("0", "16")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moefuse.fusion.neurons import RIDGE, fit_gains, neurons, rows_of_expert
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.selection import forward_selection
-from moefuse.modeling.modeling_moefuse import CodedRows, NeuronExperts, by_bits
+from moefuse.modeling.modeling_moefuse import CodedRows, NeuronExperts, by_bits, own_name
 from moefuse.modeling.training import TrainedNeuronExperts, encode
 from moefuse.sizes import LayerPlan, make_neuron_experts
 
@@ -77,7 +77,7 @@ def keep(
         mine_EF = bits_EF == choices.index(bits)
         module.widths[number] = mine_EF.sum(1)
         values_POD = rows_PND[:, mine_EF.flatten().nonzero().flatten()]
-        _put(module.own[f"bits{bits}"], f"own.bits{bits}", values_POD, latents)
+        _put(module.own[own_name(bits)], f"own.{own_name(bits)}", values_POD, latents)
     if plan.shared:
         passed = call.index_TK.shape[1] * bits_EF.shape[1]
         if not plan.neurons and plan.shared_bits == "16" and plan.shared < BASIS_SHARE * passed:

@@ -24,10 +24,14 @@ SHARED_BELOW_BITS = 0.75
 SHARED_SHARE = 0.5
 """Most of the budget that shared neurons take where the teacher has shared experts as well; where
 it has none, shared neurons may take all."""
-ONE_BIT_BELOW = 0.75
-"""Budget, in bits per number, below which own neurons have one bit each or none; above it two or
-none while not all can have two. As long as neurons are lost, more bits for strong ones are worth
-less than more neurons (docs/research.md)."""
+FEW_BITS = {1.25: ("1.6", "2"), 0.875: ("1.6",), 0.625: ("1.33",), 0.0: ("1",)}
+"""Where the teacher has shared experts: from how many bits per number of budget on own neurons have
+which bits or none, as long as not all can have two. Kept neurons then have alike many, and about
+three fifths of the neurons are kept (docs/research.md, section 15)."""
+FINE_BITS = ("1", "1.14", "1.33", "1.6", "2")
+"""Where it has none, a neuron that is lost is made up for by nothing: all are kept while all can
+have one bit, at the two of these, side by side, that the budget lies between."""
+FROM_TWO_BITS = ("2", "3", "4", "8", "16")
 SHARED_BITS, GAIN_BITS = "2", "4"
 CODEBOOK_SHARE = 0.01
 """Share of the budget below which codebooks are too small to choose bit widths by."""
@@ -109,14 +113,11 @@ def settle(
     settling = _Settling(shape, energies, budget, size, itemsize)
     widths = settling.choices[1:]
     if widths == LOW_BITS[1:]:
-        few = "1" if 8 * budget < ONE_BIT_BELOW * _numbers(shape) else "2"
-        neurons = len(shape.layers) * shape.experts * shape.intermediate
-        all_at_two = neurons * neuron_bytes(shape.hidden, "2", itemsize)
-        affordable = settling.codebook_share((few,)) <= LARGEST_CODEBOOK_SHARE
-        if budget < all_at_two and affordable:
-            return settling.with_widths((few,))
-        if all_at_two + settling.codebook_share(widths) * budget <= budget:
-            return settling.with_widths(widths[1:], least=())
+        if settling.fits_all("2", FROM_TWO_BITS):
+            return settling.with_widths(FROM_TWO_BITS, least=())
+        few, least = settling.few_bits()
+        if settling.codebook_share(few) <= LARGEST_CODEBOOK_SHARE:
+            return settling.with_widths(few, least=least)
     if settling.codebook_share(widths) <= CODEBOOK_SHARE:
         return settling.with_widths(widths)
     return settling.with_best_widths()
@@ -157,6 +158,21 @@ class _Settling:
         empty = LayerPlan(neurons=dict.fromkeys(widths, 0))
         taken = len(self.energies) * layer_bytes(self.shape, empty, self.itemsize)
         return taken / max(self.budget, 1)
+
+    def fits_all(self, bits: str, widths: tuple[str, ...]) -> bool:
+        """Say whether all neurons can have ``bits`` and codebooks for all ``widths``."""
+        neurons = len(self.energies) * self.shape.experts * self.shape.intermediate
+        taken = neurons * neuron_bytes(self.shape.hidden, bits, self.itemsize)
+        return taken + self.codebook_share(widths) * self.budget <= self.budget
+
+    def few_bits(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the bits that neurons have where not all can have two, and the least of all."""
+        if not self.shape.shared_experts:
+            pairs = zip(FINE_BITS, FINE_BITS[1:], strict=False)
+            fitting = [pair for pair in pairs if self.fits_all(pair[0], pair)]
+            return (fitting[-1], ()) if fitting else (FINE_BITS[:1], ("0",))
+        per_number = 8 * self.budget / _numbers(self.shape)
+        return next(bits for start, bits in FEW_BITS.items() if per_number >= start), ("0",)
 
     def with_best_widths(self) -> Settled:
         """Settle with the bit widths that lose least, found by adding one after another."""

@@ -218,6 +218,9 @@ class FusedExperts(nn.Module):
 
 CODED: dict[str, tuple[int, int]] = {
     "1": (8, 8),
+    "1.14": (7, 8),
+    "1.33": (6, 8),
+    "1.6": (5, 8),
     "2": (4, 8),
     "3": (2, 6),
     "4": (2, 8),
@@ -287,7 +290,12 @@ def make_rows(bits: str, parts: int, rows: int, width: int) -> nn.Module:
 
 def by_bits(neurons: dict[str, int]) -> list[str]:
     """Return the numbers of bits in the order in which their neurons lie, the fewest first."""
-    return sorted(neurons, key=int)
+    return sorted(neurons, key=float)
+
+
+def own_name(bits: str) -> str:
+    """Return what the rows of so many bits are called in the module: ``bits1_6`` for "1.6"."""
+    return "bits" + bits.replace(".", "_")
 
 
 class NeuronExperts(nn.Module):
@@ -317,7 +325,7 @@ class NeuronExperts(nn.Module):
         self.act_fn = activation
         # A saved configuration has its keys in the order of the alphabet, 16 before 2.
         self.own = nn.ModuleDict(
-            {f"bits{bits}": make_rows(bits, 3, neurons[bits], hidden) for bits in by_bits(neurons)}
+            {own_name(bits): make_rows(bits, 3, neurons[bits], hidden) for bits in by_bits(neurons)}
         )
         self.shared = make_rows(shared_bits, 3, shared, hidden) if shared else None
         self.gain = make_rows(gain_bits, 1, experts, shared) if shared else None

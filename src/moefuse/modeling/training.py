@@ -22,7 +22,12 @@ CHOSEN_EVERY = 8
 
 
 class TrainedRows(nn.Module):
-    """The trainable twin of ``CodedRows``: ``latent`` (P, M, I) in units of each row's scale."""
+    """The trainable twin of ``CodedRows``: ``latent`` (P, M, I) in units of each row's scale.
+
+    ``code_N`` are the codes of all vectors, chosen anew every ``CHOSEN_EVERY`` steps.
+    """
+
+    code_N: Tensor
 
     def __init__(self, stored: CodedRows, latent_PMI: Tensor) -> None:
         super().__init__()
@@ -31,17 +36,34 @@ class TrainedRows(nn.Module):
         self.scale = nn.Parameter(stored.scale.detach().clone())
         self.latent = nn.Parameter(latent_PMI / self.scale.detach().unsqueeze(-1))
         self.steps = 0
-        self.code_N = torch.zeros(0, dtype=torch.long)
+        self.automatic = True
+        code_N = self._nearest(self._vectors().detach())
+        # A buffer, so that what is saved in the midst of training goes on exactly.
+        self.register_buffer("code_N", code_N.to(torch.uint8))
         self.whole_PMI: Tensor | None = None
 
+    def _vectors(self) -> Tensor:
+        return _vectors(self.latent, self.codebook.shape[1])
+
+    @torch.no_grad()
+    def _nearest(self, vector_NV: Tensor) -> Tensor:
+        return nearest(vector_NV, self.codebook)
+
+    def choose_codes(self) -> None:
+        """Let the codes follow the latents; from now on they do so only when this is called."""
+        self.automatic = False
+        self.code_N.copy_(self._nearest(self._vectors()))
+
     def refresh(self) -> None:
-        """Compute what all rows are in this step."""
-        vector_NV = _vectors(self.latent, self.codebook.shape[1])
-        if self.steps % CHOSEN_EVERY == 0 or not torch.is_grad_enabled():
-            with torch.no_grad():
-                self.code_N = nearest(vector_NV, self.codebook)
-        self.steps += torch.is_grad_enabled()
-        entry_NV = nn.functional.embedding(self.code_N, self.codebook)
+        """Compute what all rows are in this step; outside training, what would be stored now."""
+        vector_NV, code_N = self._vectors(), self.code_N
+        if not torch.is_grad_enabled():
+            code_N = self._nearest(vector_NV)
+        elif self.automatic:
+            if self.steps % CHOSEN_EVERY == 0:
+                code_N.copy_(self._nearest(vector_NV))
+            self.steps += 1
+        entry_NV = nn.functional.embedding(code_N.int(), self.codebook)
         through_NV = entry_NV + (vector_NV - vector_NV.detach())
         parts, rows, width = self.latent.shape
         rows_PMI = through_NV.reshape(parts, rows, -1)[..., :width]
@@ -130,6 +152,12 @@ class TrainedNeuronExperts(NeuronExperts):
             rows_PMD, self.widths, self.act_fn, x_TD[token_N], weight_N, rows_per_expert
         )
 
+    def choose_codes(self) -> None:
+        """Let all codes follow what they stand for; see ``TrainedRows.choose_codes``."""
+        for rows in self.modules():
+            if isinstance(rows, TrainedRows):
+                rows.choose_codes()
+
     def packed(self) -> NeuronExperts:
         """Return the module that it was made of, with what was learnt."""
         experts = self.experts[0]
@@ -189,3 +217,31 @@ def _trained(rows: Any, latent_PMI: Tensor | None) -> Any:
         return rows
     assert latent_PMI is not None
     return TrainedRows(rows, latent_PMI)
+
+
+def stored_to_trained(model: nn.Module) -> None:
+    """Put trainable twins in the place of all neuron experts below ``model``, as they are stored.
+
+    What codes stood for before they were stored is not known any more, so training starts at what
+    they say. Codes then follow when ``choose_codes`` is called.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, NeuronExperts) and not isinstance(child, TrainedNeuronExperts):
+                twin = TrainedNeuronExperts(child, _decoded(child))
+                twin.choose_codes()
+                setattr(parent, name, twin)
+
+
+def trained_to_stored(model: nn.Module) -> None:
+    """Put what was learnt back in the place of all trainable twins below ``model``."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, TrainedNeuronExperts):
+                setattr(parent, name, child.packed())
+
+
+def _decoded(experts: NeuronExperts) -> dict[str, Tensor]:
+    """Return what all coded rows say, by name."""
+    coded = {name: rows for name, rows in experts.named_modules() if isinstance(rows, CodedRows)}
+    return {name: rows.read(0, rows.codes.shape[1]).detach() for name, rows in coded.items()}

@@ -1,0 +1,77 @@
+"""Which parameters of a student heal, and how fast.
+
+Experts that were fused anew have far to go and take a larger rate than attention and embeddings,
+which came from the teacher whole; the router, which decides which experts see what, has its own.
+"""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from moefuse.config import HealConfig
+from moefuse.errors import UserError
+from moefuse.families import Family
+
+CODES = re.compile(r"(latent|codebook)$|(own\..*|shared|gain)\.scale$")
+"""Ends of the names of what low-bit rows are trained as."""
+OF_ONE_EXPERT = re.compile(r"(delta\.\w+|scale|bias)$")
+"""What of a fused module every expert has for itself."""
+
+
+def part_of(name: str, family: Family) -> str:
+    """Return what a parameter belongs to: ``codes``, ``experts``, ``router`` or ``other``."""
+    inside = re.search(rf"(?:^|\.){re.escape(family.moe_name)}\.(.*)$", name)
+    if family.layer_of(name) is None or inside is None:
+        return "other"
+    path = inside[1]
+    if path.startswith(f"{family.experts_name}."):
+        return "codes" if CODES.search(path) else "experts"
+    return "router" if path.startswith(f"{family.router_name}.") else "other"
+
+
+def is_trained(name: str, family: Family, options: HealConfig) -> bool:
+    """Say whether a parameter is trained."""
+    part = part_of(name, family)
+    if part == "router":
+        return options.trains_router
+    if options.train == "all":
+        return True
+    if options.train == "experts":
+        return part != "other"
+    return part == "experts" and OF_ONE_EXPERT.search(name) is not None
+
+
+def freeze(model: nn.Module, family: Family, options: HealConfig) -> None:
+    """Leave ``requires_grad`` on what is trained alone; raises ``UserError`` where nothing is."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, family, options))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"--train {options.train} leaves nothing to train in this student, which has no deltas, "
+            "scales or biases; choose --train experts or --train all."
+        )
+
+
+def parameter_groups(
+    model: nn.Module, family: Family, options: HealConfig
+) -> Iterator[dict[str, object]]:
+    """Yield the optimiser's groups: what is trained, by part, each at its rate.
+
+    What is not trained is in none of them, so that no state is ever made for it.
+    """
+    rates = {
+        "experts": options.expert_rate,
+        "codes": options.code_rate,
+        "router": options.router_rate,
+        "other": options.rate,
+    }
+    for part, rate in rates.items():
+        found: list[torch.nn.Parameter] = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and part_of(name, family) == part
+        ]
+        if found:
+            yield {"params": found, "lr": rate, "weight_decay": options.weight_decay}

@@ -1,0 +1,282 @@
+"""Healing: a whole student trained against its teacher's predictions, by Hugging Face's Trainer.
+
+The subclass is thin: it says what the loss is, which parameters take which rates, and when a
+checkpoint counts as whole. Logging, reporting, mixed precision, gradient accumulation and
+checkpointing, several processes and resuming are the Trainer's own.
+
+Shape suffixes: B rows, S tokens in a row, T tokens that count, D hidden width.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from moefuse import artifacts
+from moefuse.config import HealConfig, parse_count
+from moefuse.console import Meter
+from moefuse.errors import UserError
+from moefuse.families import Family
+from moefuse.healing.losses import chunked_losses, losses_in_place_of_logits
+from moefuse.healing.parts import freeze, parameter_groups
+from moefuse.healing.sources import TeacherSource, packed_inputs
+from moefuse.healing.text import PackedRows, PackedText
+from moefuse.mathematics.divergence import hidden_distance
+from moefuse.modeling.training import TrainedNeuronExperts
+
+IGNORED = -100
+"""What a label is whose prediction does not count; Transformers' own choice."""
+COMPLETE = "complete.json"
+"""The file that says that a checkpoint of the Trainer is whole."""
+KEPT_CHECKPOINTS = 2
+CODES_EVERY = 8
+"""Optimiser steps after which the codes of low-bit rows are chosen anew."""
+
+
+def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack rows, and add the token that follows each as its label, where it counts."""
+    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    next_BS = batch["input_ids"].roll(-1, dims=1)
+    labels_BS = next_BS.masked_fill(~batch.pop("counted"), IGNORED)
+    # The Trainer counts "shift_labels" where there are "labels": predictions, over all processes.
+    return {**batch, "labels": labels_BS, "shift_labels": labels_BS}
+
+
+class HealingTrainer(Trainer):
+    """A Trainer whose loss is the distance to a teacher's predictions."""
+
+    def __init__(
+        self, *, family: Family, options: HealConfig, source: TeacherSource, **given: Any
+    ) -> None:
+        super().__init__(**given)
+        self.family, self.options, self.source = family, options, source
+        # The loss is a sum over all tokens of a step, divided by their number.
+        self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimiser that the arguments name, every part at its own rate."""
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            kind, given = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = list(parameter_groups(trained, self.family, self.options))
+            self.optimizer = kind(groups, **given)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the mean loss over the tokens that count, of all processes' batches of a step."""
+        counted_BS = inputs["shift_labels"] != IGNORED
+        told = self.source.tell(inputs, counted_BS, hidden=bool(self.options.hidden))
+        next_T = inputs["shift_labels"][counted_BS]
+
+        def losses(hidden_BSD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+            hidden_TD = hidden_BSD[counted_BS]
+            losses_T = chunked_losses(hidden_TD, head, told.targets, next_T, self.options)
+            zeros_BS = torch.zeros(counted_BS.shape, device=counted_BS.device)
+            return zeros_BS.masked_scatter(counted_BS, losses_T)
+
+        student: Any = self.accelerator.unwrap_model(model)
+        with losses_in_place_of_logits(student.get_output_embeddings(), losses):
+            outputs = model(**packed_inputs(inputs), output_hidden_states=bool(told.hidden))
+        total = outputs.logits.sum()
+        if told.hidden:
+            total = total + self.options.hidden * _hidden_losses(outputs, told.hidden, counted_BS)
+        if num_items_in_batch is None:
+            loss = total / counted_BS.sum()
+        else:
+            # Data parallel wrappers take the mean over processes of what is a sum over them.
+            loss = total / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as always, then mark the checkpoint as whole."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            assert self.args.output_dir is not None
+            place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            artifacts.write_json(place / COMPLETE, {"step": self.state.global_step})
+
+
+def _hidden_losses(outputs: Any, told: tuple[Tensor, ...], counted_BS: Tensor) -> Tensor:
+    """Return the sum over tokens of the mean over layers of the distance of hidden states."""
+    distances = [
+        hidden_distance(teacher_BSD[counted_BS], student_BSD[counted_BS]).sum()
+        for teacher_BSD, student_BSD in zip(told, outputs.hidden_states[1:], strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
+class _Watch(TrainerCallback):
+    """Shows progress, keeps the log, renews codes, and stops when the loss is no number."""
+
+    def __init__(self, model: nn.Module, meter: Meter | None) -> None:
+        self.meter = meter
+        self.coded = [m for m in model.modules() if isinstance(m, TrainedNeuronExperts)]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Choose codes anew every few steps, counted over interruptions."""
+        if state.global_step % CODES_EVERY == 0:
+            for module in self.coded:
+                module.choose_codes()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Show how far it is."""
+        if self.meter is not None:
+            losses = [line["loss"] for line in state.log_history[-3:] if "loss" in line]
+            self.meter.reach(state.global_step, f"(loss {losses[-1]:.4f})" if losses else "")
+
+    def on_log(
+        self,
+        args: Any,  # noqa: ARG002
+        state: Any,
+        control: Any,  # noqa: ARG002
+        logs: Any = None,
+        **_: Any,
+    ) -> None:
+        """Refuse to go on from a loss that is no number."""
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The loss is {loss} at step {state.global_step}; lower --rate and --expert-rate, "
+                "or compute in another --dtype. The last checkpoint is kept."
+            )
+
+
+def steps_of(text: PackedText, options: HealConfig, processes: int) -> int:
+    """Return how many optimiser steps the tokens that were asked for make."""
+    used = int((text.position_NS > 0).sum()) + text.rows
+    rows = options.batch_size * options.accumulate * processes
+    per_step = used / text.rows * rows
+    return max(1, round(parse_count(options.tokens, "--tokens") / per_step))
+
+
+def last_complete(directory: Path) -> Path | None:
+    """Return the latest whole checkpoint of an interrupted run, or None."""
+    found = [path.parent for path in directory.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def remove_incomplete(directory: Path) -> None:
+    """Remove what a kill left of checkpoints that were being written."""
+    for path in directory.glob("checkpoint-*"):
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
+
+
+def train(
+    model: PreTrainedModel,
+    source: TeacherSource,
+    text: PackedText,
+    family: Family,
+    options: HealConfig,
+    *,
+    directory: Path,
+    seed: int,
+    device: str,
+    mixed: bool,
+    held_out: PackedText | None = None,
+    resumable: bool = True,
+    description: str | None = "Heal",
+) -> list[dict[str, Any]]:
+    """Heal ``model`` in place; returns the Trainer's log, one entry a line.
+
+    ``model`` holds its experts as they are trained (see ``moefuse.modeling.training``); ``mixed``
+    computes in bf16 around fp32 weights. Checkpoints lie in ``directory``; with ``resumable`` the
+    same call goes on from the last whole one and ends as if it had not been interrupted.
+    ``held_out`` is measured now and then, its losses logged as ``eval_loss``.
+    """
+    freeze(model, family, options)
+    arguments = _arguments(
+        options,
+        directory,
+        text,
+        seed=seed,
+        device=device,
+        mixed=mixed,
+        measures=held_out is not None,
+        saves=resumable,
+    )
+    trainer = HealingTrainer(
+        family=family,
+        options=options,
+        source=source,
+        model=model,
+        args=arguments,
+        train_dataset=PackedRows(text),
+        eval_dataset=None if held_out is None else PackedRows(held_out),
+        data_collator=collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    resumed = last_complete(directory) if resumable else None
+    done = int(resumed.name.split("-")[1]) if resumed else 0
+    shown = description is not None and trainer.is_world_process_zero()
+    meter = Meter(description or "", arguments.max_steps, done=done) if shown else None
+    trainer.add_callback(_Watch(model, meter))
+    if meter is None:
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    else:
+        with meter:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    return trainer.state.log_history
+
+
+def _arguments(
+    options: HealConfig,
+    directory: Path,
+    text: PackedText,
+    *,
+    seed: int,
+    device: str,
+    mixed: bool,
+    measures: bool,
+    saves: bool,
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=max(options.rate, options.expert_rate),
+        weight_decay=options.weight_decay,
+        adam_beta2=0.95,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": options.final_rate},
+        max_grad_norm=1.0,
+        bf16=mixed,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=device == "cpu",
+        seed=seed,
+        save_strategy="steps" if saves else "no",
+        save_steps=options.save_steps,
+        save_total_limit=KEPT_CHECKPOINTS,
+        eval_strategy="steps" if measures else "no",
+        eval_steps=options.eval_steps,
+        eval_on_start=measures,
+        prediction_loss_only=True,
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=options.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=device != "cpu",
+        average_tokens_across_devices=True,
+    )
+    # Without a launcher several GPUs would be used by nn.DataParallel, which no one wants today.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments.max_steps = steps_of(text, options, arguments.world_size)
+    arguments.warmup_steps = round(options.warmup * arguments.max_steps)
+    return arguments
