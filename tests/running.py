@@ -47,6 +47,14 @@ def write_text(path: Path, lines: int = 120) -> Path:
     return path
 
 
+def write_jsonl(path: Path, documents: int = 5, words: int = 60) -> Path:
+    """Write documents of words of the tiny tokenizer's alphabet to ``path`` and return it."""
+    chosen = random.Random(1)
+    texts = [" ".join(chosen.choices(MADE_OF, k=words)) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     """Return every file below a directory by its name."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())

@@ -11,8 +11,8 @@ from running import contents, write_text
 from safetensors import safe_open
 from tiny import tiny_tokenizer
 
-from moefuse import pipeline
 from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.errors import UserError
 from moefuse.modeling import load_fused
 from moefuse.pipeline import FuseResult, Job, fuse
@@ -79,9 +79,7 @@ def test_the_student_speaks(teacher: Path, values: dict[str, Any], tmp_path: Pat
     fuse(teacher, tmp_path / "student", {**values, "groups": 8, "rank": 0, "steps": 0})
 
     ids = tiny_tokenizer()("def add(first, second):", return_tensors="pt")["input_ids"]
-    whole = pipeline.StreamedTeacher(
-        CheckpointReader.open(teacher), device="cpu", dtype=torch.float32
-    )
+    whole = StreamedTeacher(CheckpointReader.open(teacher), device="cpu", dtype=torch.float32)
     mask = torch.ones_like(ids)
     hidden, received = whole.embed(ids, mask)
     for layer in range(3):

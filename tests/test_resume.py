@@ -11,11 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from running import SIZE, SMALL, changes, contents, run_elsewhere, write_text
+from running import SIZE, SMALL, changes, contents, run_elsewhere, write_jsonl, write_text
 from tiny import save_tiny
 
 SEED = 5
-STAGES = ("calibration-", "groups-", "factors-", "distilled-", "student.partial", "removal")
+STAGES = (
+    "calibration-",
+    "groups-",
+    "factors-",
+    "distilled-",
+    "measured-",
+    "held-out-",
+    "student.partial",
+    "removal",
+)
 INTERRUPTED = "moefuse: interrupted; the same command goes on from here."
 
 
@@ -62,7 +71,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("uninterrupted")
     save_tiny(folder / "teacher")
     data = write_text(folder / "text.txt")
-    command = (folder / "teacher", *SIZE, *SMALL, "--data", data)
+    held_out = write_jsonl(folder / "held.jsonl")
+    command = (folder / "teacher", *SIZE, *SMALL, "--data", data, "--held-out", held_out)
     unknown = Job(command, {}, [])
     assert unknown.fuse(folder) == 0, (folder / "log").read_text()
     return Job(command, contents(folder / "student"), changes(folder / "log"))

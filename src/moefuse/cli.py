@@ -25,6 +25,7 @@ from moefuse.config import (
     FactorConfig,
     GroupConfig,
     HealConfig,
+    MeasureConfig,
     MemoryConfig,
     SizeConfig,
     TeachConfig,
@@ -63,7 +64,7 @@ UP_TO_CALIBRATE = (ComputeConfig, CalibrateConfig)
 UP_TO_GROUP = (*UP_TO_CALIBRATE, SizeConfig, GroupConfig)
 UP_TO_FACTOR = (*UP_TO_GROUP, FactorConfig)
 UP_TO_DISTILL = (*UP_TO_FACTOR, DistillConfig)
-ALL_STAGES = (*UP_TO_DISTILL, AssembleConfig)
+ALL_STAGES = (*UP_TO_DISTILL, AssembleConfig, MeasureConfig)
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or a hub id.")]
 Work = Annotated[Path, typer.Argument(help="Directory for the artifacts of the stages.")]
@@ -492,6 +493,31 @@ def compare_command(
         typer.echo(f"Report and plots are in {out}.")
 
 
+@app.command("push")
+def push_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a written checkpoint.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: organisation/model.")],
+    dry_run: Annotated[
+        bool, typer.Option(help="Only check, and show what would be uploaded.")
+    ] = True,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository a private one.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to. [default: main]")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+) -> None:
+    """Upload a checkpoint with its card to the hub; only shown, unless with --no-dry-run."""
+    from moefuse.export.push import describe, prepare, push
+
+    upload = prepare(checkpoint, repo, private=private, revision=revision, message=message)
+    if dry_run:
+        typer.echo(describe(upload))
+    else:
+        typer.echo(push(upload))
+
+
 @app.command("scaling")
 @with_settings(
     *UP_TO_CALIBRATE,
@@ -583,8 +609,10 @@ def demo_command(
 
 def main() -> None:
     """Run the command line; exit status 2 for a mistake of the user's."""
-    # Readers of a checkpoint's progress have our own bars; the libraries' would interleave.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Readers of a checkpoint's progress have our own bars; the libraries' would interleave. An
+    # upload has no others.
+    if sys.argv[1:2] != ["push"]:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except UserError as error:

@@ -277,6 +277,20 @@ class AssembleConfig:
     max_shard: str = setting("4GB", "Largest size of one weight file.")
 
 
+@dataclass(frozen=True)
+class MeasureConfig:
+    """On what text a student is measured for its model card."""
+
+    held_out: str | None = setting(
+        None,
+        "Text to measure the student on, for its model card; without, the bundled teacher's own, "
+        "or the documents of --data that calibration left over.",
+    )
+    held_out_tokens: int = setting(
+        12_288, "Most tokens to measure on; 0 leaves the student unmeasured.", at_least=0
+    )
+
+
 TRAINED = ("all", "experts", "deltas")
 
 

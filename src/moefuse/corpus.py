@@ -50,6 +50,11 @@ class Document:
         return sum(len(content.encode("utf-8", errors="surrogatepass")) for content in contents)
 
 
+def source_name(source: str | Path) -> str:
+    """Return how to call a text in what others read: by its file's name, or by its hub id."""
+    return Path(source).name if Path(source).exists() else str(source)
+
+
 def load_documents(source: str | Path, *, limit_bytes: int | None = None) -> list[Document]:
     """Read the documents at ``source``.
 
@@ -285,18 +290,36 @@ def tokenize_by_document(
     Raises ``UserError`` where no window results, where ``require_full`` is set and all documents
     together are shorter than one sequence, and for messages without a chat template.
     """
+    numbered = cut_documents(documents, tokenizer, sequence_length, limit_tokens=limit_tokens)
+    total = sum(len(window) for windows in numbered.values() for window in windows)
+    check_enough(documents, total, sequence_length if require_full else 2)
+    return list(numbered.values())
+
+
+def cut_documents(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    limit_tokens: int | None = None,
+) -> dict[int, list[Tensor]]:
+    """Do as ``tokenize_by_document`` does and say by its number which document gave which windows.
+
+    No document at all is no mistake here. Raises ``UserError`` for a sequence length below 2 and
+    for messages without a chat template.
+    """
     if sequence_length < 2:
         raise UserError(f"A sequence length of {sequence_length} predicts nothing; give 2 or more.")
-    windows: list[list[Tensor]] = []
+    windows: dict[int, list[Tensor]] = {}
     total = 0
-    for document in documents:
+    for number, document in enumerate(documents):
         left = None if limit_tokens is None else limit_tokens - total
         if left is not None and left < 2:
             break
         cut = _windows(_token_ids(document, tokenizer, left), sequence_length)
         total += sum(len(window) for window in cut)
-        windows.extend([cut] if cut else [])
-    check_enough(documents, total, sequence_length if require_full else 2)
+        if cut:
+            windows[number] = cut
     return windows
 
 

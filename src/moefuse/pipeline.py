@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from moefuse import artifacts, corpus, demo
-from moefuse.calibration.collect import Batch, CalibrationStore, collect
+from moefuse import artifacts, corpus
+from moefuse.calibration.collect import CalibrationStore, collect
 from moefuse.calibration.sensitivity import measure_sensitivity, metric_path
-from moefuse.checkpoint.reader import CheckpointReader
-from moefuse.checkpoint.streaming import StreamedTeacher
+from moefuse.cards import CardRecord, Distilled, Measured, Text, student_record, write_card
+from moefuse.checkpoint.passed import OnDisk
 from moefuse.config import (
     AssembleConfig,
     CalibrateConfig,
@@ -33,43 +32,28 @@ from moefuse.config import (
     DistillConfig,
     FactorConfig,
     GroupConfig,
+    MeasureConfig,
     SizeConfig,
-    build,
-    parse_bytes,
 )
 from moefuse.console import say, track
-from moefuse.devices import choose_device, choose_dtype, stored_dtype, suited_threads
+from moefuse.devices import suited_threads
 from moefuse.distillation.loop import distill_layer, metric_root
-from moefuse.distillation.own_inputs import OnDisk, OwnInputs, Passed
+from moefuse.distillation.own_inputs import OwnInputs, Passed
 from moefuse.errors import UserError
+from moefuse.evaluation.streamed import HeldOut
 from moefuse.export.assemble import assemble
-from moefuse.export.card import model_card
 from moefuse.fusion.choose import factor
 from moefuse.fusion.keep import Kept, keep
 from moefuse.fusion.neurons import importance
-from moefuse.fusion.plan import (
-    Estimate,
-    Teacher,
-    describe_teacher,
-    estimate,
-    expert_budget,
-    make_plan,
-    matrix_rate,
-    settled_plan,
-)
-from moefuse.fusion.plan_neurons import choices_of, uses_neurons
+from moefuse.fusion.plan import expert_budget, settled_plan
+from moefuse.fusion.plan_neurons import choices_of
 from moefuse.grouping.assign import group_layer
+from moefuse.job_inputs import JobInputs
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
+from moefuse.measuring import UNMEASURED, measure_student
 from moefuse.modeling.training import TrainedNeuronExperts
-from moefuse.places import (
-    check_new,
-    check_output,
-    check_outside,
-    check_own,
-    check_place,
-    existing_parent,
-)
+from moefuse.places import check_new, check_output, check_outside, check_own, existing_parent
 from moefuse.sizes import Plan, make_experts
 
 STAGES = (
@@ -80,6 +64,7 @@ STAGES = (
     FactorConfig,
     DistillConfig,
     AssembleConfig,
+    MeasureConfig,
 )
 CHECKED = "checked"
 SPARE_DISK_SHARE = 1.05
@@ -102,66 +87,17 @@ OWN_ENTRIES = (
     "energies-",
     "factors-",
     "distilled-",
+    "held-out-",
+    "measured-",
     f"{CHECKED}-",
 )
 
 
-class Job:
+class Job(JobInputs):
     """One student of one teacher: its settings, its artifacts and the stages that make it.
 
-    ``values`` holds settings by name (see ``config``); what is missing or None takes its default.
     Nothing expensive happens before a stage is called.
     """
-
-    def __init__(
-        self,
-        checkpoint: str | Path,
-        work: str | Path,
-        values: Mapping[str, Any],
-        *,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.compute = build(ComputeConfig, values)
-        self.calibration = build(CalibrateConfig, values)
-        self.size = build(SizeConfig, values)
-        self.grouping = build(GroupConfig, values)
-        self.factoring = build(FactorConfig, values)
-        self.distillation = build(DistillConfig, values)
-        self.assembling = build(AssembleConfig, values)
-        _check_loss(self.calibration, self.distillation)
-        self.max_shard_bytes = parse_bytes(self.assembling.max_shard, "--max-shard")
-        self.work = Path(work)
-        check_place(self.work)
-        self.trust_remote_code = trust_remote_code
-        self.reader = CheckpointReader.open(
-            checkpoint, revision=revision, trust_remote_code=trust_remote_code
-        )
-        check_outside(self.work, self.reader.directory, "work directory")
-        self.device = choose_device(self.compute.device)
-        self.stored = stored_dtype(self.reader.tensors, self.reader.family, self.reader.config)
-        self.dtype = choose_dtype(self.compute.dtype, self.stored, self.device)
-
-    # What the stages share, made when first needed.
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer."""
-        return corpus.load_tokenizer(
-            self.reader.directory,
-            self.reader.source,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    @cached_property
-    def plan(self) -> Plan:
-        """What every layer becomes, and the student's sizes; with own neurons a forecast."""
-        return make_plan(self.sizes, self.size, self.factoring)
-
-    @property
-    def uses_neurons(self) -> bool:
-        """Whether experts become own neurons at unequal bits, or bases and low-rank deltas."""
-        return uses_neurons(self.size)
 
     @cached_property
     def settled(self) -> tuple[dict[int, Tensor], Plan]:
@@ -173,62 +109,6 @@ class Job:
     def true_plan(self) -> Plan:
         """What every layer is; with own neurons known once energies are measured."""
         return self.settled[1] if self.uses_neurons else self.plan
-
-    @cached_property
-    def sizes(self) -> Teacher:
-        """The teacher's sizes."""
-        return describe_teacher(self.reader.config, self.reader.tensors, self.reader.family)
-
-    @cached_property
-    def batches(self) -> list[Batch]:
-        """Calibration text as padded batches of token ids; raises ``UserError``."""
-        tokens, length = self.calibration.tokens, self.calibration.sequence_length
-        if tokens < length:
-            raise UserError(
-                f"--tokens is {tokens}, fewer than one sequence of {length}; give more --tokens or "
-                "a smaller --sequence-length."
-            )
-        source = self.calibration.data or self._bundled_data()
-        sequences = corpus.tokenize(
-            corpus.load_documents(source),
-            self.tokenizer,
-            length,
-            limit_tokens=tokens,
-            require_full=True,
-        )
-        corpus.check_known(sequences, self.teacher.config.vocab_size, self.reader.source)
-        # Any token does: what stands in padding is never looked at.
-        return list(corpus.batches(sequences, self.calibration.batch_size, 0))
-
-    def _bundled_data(self) -> Path:
-        bundled = CheckpointReader.open(demo.teacher_path())
-        if bundled.fingerprint() == self.reader.fingerprint():
-            return demo.calibration_path()
-        raise UserError(
-            "Say with --data what text to calibrate on: a file, a folder, JSONL with text or "
-            "messages, or a hub data set. Text like what the model will be used for serves best, "
-            "such as --data bigcode/the-stack-smol:::content for code or --data "
-            "HuggingFaceTB/smoltalk:all:train:messages for chat."
-        )
-
-    @cached_property
-    def teacher(self) -> StreamedTeacher:
-        """The streamed teacher."""
-        return StreamedTeacher(self.reader, device=self.device, dtype=self.dtype)
-
-    @cached_property
-    def estimate(self) -> Estimate:
-        """Time, disk and memory that the whole job will take."""
-        itemsize = torch.empty(0, dtype=self.dtype).element_size()
-        return estimate(
-            self.sizes,
-            self.plan,
-            self.calibration,
-            self.distillation,
-            self.factoring,
-            working_itemsize=itemsize,
-            rate=matrix_rate(self.device, self.dtype),
-        )
 
     # Where artifacts lie.
 
@@ -318,7 +198,22 @@ class Job:
         return self._mark(self.distilled_directory)
 
     def _mark(self, directory: Path) -> str:
-        return f"{directory.name}-{self.max_shard_bytes}"
+        mark = f"{directory.name}-{self.max_shard_bytes}"
+        if self.held_out is None:
+            return mark
+        return f"{mark}-{self.measured_directory(directory, self.held_out).name}"
+
+    def held_out_directory(self, held_out: HeldOut) -> Path:
+        """Where the teacher's last hidden states over a held-out text are."""
+        tokens = [sequence.tolist() for sequence in held_out.sequences]
+        settings = [held_out.sequence_length, self.device.split(":")[0], str(self.dtype)]
+        return self._directory("held-out", self.reader.fingerprint(), tokens, *settings)
+
+    def measured_directory(self, directory: Path, held_out: HeldOut) -> Path:
+        """Where it is kept how good the student in a stage's ``directory`` is on a text."""
+        settings = [held_out.name, list(held_out.documents), held_out.note]
+        place = self.held_out_directory(held_out).name
+        return self._directory("measured", directory.name, place, *settings)
 
     # The stages.
 
@@ -331,15 +226,23 @@ class Job:
 
     def preflight(self) -> None:
         """Check whatever can be checked before any work; raises ``UserError``."""
-        _ = self.plan, self.teacher, self.batches
+        _ = self.plan, self.teacher, self.batches, self.held_out
         free = shutil.disk_usage(existing_parent(self.work)).free
-        needed = self.estimate.disk_bytes * SPARE_DISK_SHARE
+        needed = self.estimate.disk_bytes * SPARE_DISK_SHARE + self._measuring_bytes
         if needed > free:
             raise UserError(
                 f"Too little disk: the job needs about {needed / 1e9:.2f} GB at {self.work}, where "
                 f"{free / 1e9:.2f} GB are free; make room, choose another --work, or calibrate on "
                 "fewer --tokens."
             )
+
+    @property
+    def _measuring_bytes(self) -> int:
+        """Hidden states over the held-out text: the teacher's, and twice a student's in a layer."""
+        if self.held_out is None:
+            return 0
+        tokens = sum(map(len, self.held_out.sequences))
+        return 3 * tokens * self.sizes.shape.hidden * self.dtype.itemsize
 
     def check_weights(self) -> None:
         """Read every weight once and refuse NaN and infinity; done once per checkpoint."""
@@ -527,6 +430,7 @@ class Job:
         stage = STAGE_OF[directory.name.split("-")[0]]
         plan = self.true_plan
         paths = {n: self._artifact(directory, n, "safetensors", stage) for n in plan.layers}
+        record = self._record(out.name, directory)
         assemble(
             self.reader,
             plan.layers,
@@ -535,21 +439,64 @@ class Job:
             dtype=self.stored,
             max_shard_bytes=self.max_shard_bytes,
             job=self._mark(directory),
-            card=model_card(
-                out.name,
-                Path(self.reader.source).name,
-                plan,
-                self.reader.shape.experts,
-                [error["after"] for error in self.errors().values()],
-            ),
+            describe=lambda partial: write_card(partial, record),
         )
 
-    def errors(self) -> dict[int, dict[str, float]]:
-        """Return every distilled layer's relative error ``before`` and ``after`` distillation."""
-        paths = {
-            layer: self.distilled_directory / f"layer-{layer:03d}.json"
-            for layer in self.reader.shape.layers
+    def _record(self, name: str, directory: Path) -> CardRecord:
+        """Return what the card of the student in ``directory`` tells."""
+        has_steps = directory != self.factors_directory
+        measured = self.measure(directory)
+        errors = {
+            str(layer): {when: error[when] for when in ("before", "after")}
+            for layer, error in self.errors(directory).items()
         }
+        return student_record(
+            name,
+            self.reader,
+            self.sizes,
+            self.true_plan,
+            calibrated=Text(
+                corpus.source_name(self.data),
+                tokens=sum(int(mask_BS.sum()) for _, mask_BS in self.batches),
+                sequence_length=self.calibration.sequence_length,
+            ),
+            distilled=Distilled(self.distillation.steps if has_steps else 0, errors),
+            measured=measured,
+            unmeasured=UNMEASURED if measured is None else None,
+        )
+
+    def measure(self, directory: Path | None = None) -> Measured | None:
+        """Measure the student in ``directory`` against the teacher on the held-out text.
+
+        ``directory`` is a stage's, by default distillation's. None where no text is held out.
+        """
+        directory = directory or self.distilled_directory
+        if self.held_out is None:
+            return None
+        stage = STAGE_OF[directory.name.split("-")[0]]
+        name = "one-shot" if directory == self.factors_directory else "distilled"
+
+        def student(layer: int) -> torch.nn.Module:
+            # As the checkpoint stores it, and then as the rest of the model computes.
+            return self.student(layer, directory, stage).to(self.stored).to(self.dtype).eval()
+
+        with self.suited_threads():
+            return measure_student(
+                self.teacher,
+                student,
+                self.held_out,
+                name,
+                teacher_directory=self.held_out_directory(self.held_out),
+                directory=self.measured_directory(directory, self.held_out),
+            )
+
+    def errors(self, directory: Path | None = None) -> dict[int, dict[str, float]]:
+        """Return every layer's relative error ``before`` and ``after`` distillation.
+
+        ``directory`` is where a stage left them, by default distillation.
+        """
+        directory = directory or self.distilled_directory
+        paths = {layer: directory / f"layer-{layer:03d}.json" for layer in self.reader.shape.layers}
         return {layer: artifacts.read_json(p) for layer, p in paths.items() if p.exists()}
 
     def forget(self) -> None:
@@ -560,8 +507,17 @@ class Job:
             self.energies_directory if self.uses_neurons else self.groups_directory,
             self.factors_directory,
             self.distilled_directory,
+            *self._measured_directories(),
         ):
             shutil.rmtree(directory, ignore_errors=True)
+
+    def _measured_directories(self) -> list[Path]:
+        if self.held_out is None:
+            return []
+        return [
+            self.held_out_directory(self.held_out),
+            self.measured_directory(self.distilled_directory, self.held_out),
+        ]
 
     # What the stages work on.
 
@@ -612,14 +568,6 @@ class Job:
         paths = {n: directory / f"layer-{n:03d}.{suffix}" for n in self.reader.shape.layers}
         missing = [(layer, path) for layer, path in paths.items() if not path.exists()]
         yield from track(missing, description) if description and missing else missing
-
-
-def _check_loss(calibration: CalibrateConfig, distillation: DistillConfig) -> None:
-    if distillation.loss == "logits" and not calibration.sensitivity_tokens:
-        raise UserError(
-            "--loss logits needs what --sensitivity-tokens 0 leaves out; give more tokens or "
-            "choose --loss output."
-        )
 
 
 def _missing(stage: str, work: Path) -> UserError:

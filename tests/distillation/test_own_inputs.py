@@ -12,9 +12,10 @@ from tiny import save_tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moefuse.checkpoint.passed import OnDisk
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.streaming import StreamedTeacher
-from moefuse.distillation.own_inputs import CORRECTED, InMemory, OnDisk, OwnInputs
+from moefuse.distillation.own_inputs import CORRECTED, InMemory, OwnInputs
 from moefuse.families import all_families
 from moefuse.mathematics.experts import ExpertsCall
 

@@ -32,6 +32,7 @@ from moefuse.artifacts import read_json
 from moefuse.errors import UserError
 
 CONFIG = "config.json"
+CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moefuse import artifacts
 from moefuse.checkpoint.headers import (
+    CARD,
     CONFIG,
     HUB_ERRORS,
     INDEX,
@@ -234,7 +235,7 @@ def _download(source: str, revision: str | None, trust_remote_code: bool) -> Pat
     _known_family(read_config(directory), trust_remote_code)
     index = directory / INDEX
     shards = set(read_weight_map(index).values()) if index.is_file() else {SINGLE}
-    wanted = [CONFIG, INDEX, *AUXILIARY, *sorted(shards)]
+    wanted = [CONFIG, INDEX, CARD, *AUXILIARY, *sorted(shards)]
     # The commit that the first call found, so that both see one version of a moving branch.
     commit = directory.name if directory.parent.name == "snapshots" else revision
     try:

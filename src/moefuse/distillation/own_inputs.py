@@ -17,16 +17,14 @@ Shape suffixes: B sequences, S positions, D hidden width, T = B * S, N tokens of
 them, K experts chosen per token.
 """
 
-import shutil
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moefuse import artifacts
+from moefuse.checkpoint.passed import States
 from moefuse.checkpoint.streaming import StreamedTeacher, without_padding
 from moefuse.console import track
 from moefuse.mathematics.experts import ExpertsCall
@@ -37,7 +35,7 @@ CORRECTED = 0.5
 
 Batch = tuple[Tensor, Tensor]
 Heard = tuple[Tensor, Tensor, Tensor, Tensor]
-Pair = dict[str, Tensor]
+Pair = States
 """``teacher`` and ``student``: hidden states of one batch on either path, (B, S, D)."""
 
 
@@ -88,63 +86,6 @@ class InMemory:
         """Go to the next layer."""
         self._entering, self._leaving = self._leaving, {}
         self.layer += 1
-
-
-class OnDisk:
-    """Hidden states in ``directory``, one file a batch; an interrupted run goes on from there.
-
-    What enters a layer appears whole or not at all.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._partial: Path | None = None
-        artifacts.remove_leftovers(directory)
-        numbers = [int(path.name.rpartition("-")[2]) for path in directory.glob("entering-*")]
-        self.layer = max(numbers, default=0)
-        for number in numbers:
-            if number != self.layer:
-                shutil.rmtree(self._place(number))
-
-    def restart(self) -> None:
-        """Forget everything and begin with the first layer."""
-        self.remove()
-        self.layer = 0
-
-    def remove(self) -> None:
-        """Remove all files."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def entering(self, number: int) -> Pair:
-        """Read a batch that enters the layer."""
-        return artifacts.read_tensors(self._place(self.layer) / _file(number))
-
-    def leave(self, number: int, pair: Pair) -> None:
-        """Write a batch that leaves the layer."""
-        artifacts.write_tensors(self._coming() / _file(number), pair)
-
-    def leaving(self, number: int) -> Pair:
-        """Read a batch that leaves the layer."""
-        return artifacts.read_tensors(self._coming() / _file(number))
-
-    def advance(self) -> None:
-        """Go to the next layer; what entered this one goes once what enters that is there."""
-        artifacts.finish_directory(self._coming(), self._place(self.layer + 1))
-        shutil.rmtree(self._place(self.layer), ignore_errors=True)
-        self._partial = None
-        self.layer += 1
-
-    def _place(self, layer: int) -> Path:
-        return self.directory / f"entering-{layer:03d}"
-
-    def _coming(self) -> Path:
-        if self._partial is None:
-            self._partial = artifacts.partial_directory(self._place(self.layer + 1))
-        return self._partial
-
-
-def _file(number: int) -> str:
-    return f"batch-{number:05d}.safetensors"
 
 
 class OwnInputs:

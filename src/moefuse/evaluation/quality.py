@@ -8,7 +8,7 @@ B sequences in a batch, S their padded length, T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,9 @@ from moefuse.evaluation.metrics import (
 )
 
 BOOTSTRAP_SEED = 0
+Speaker = Callable[[int, Tensor, Tensor], Tensor]
+"""Whatever gives logits without being a model in memory: called with a batch's number, its token
+ids and its mask, (B, S), in the order of ``corpus.batch_order``, it returns (B, S, V)."""
 METRICS = ("cross_entropy", "kl", "agreement")
 """What is summed over tokens, in this order; the last two need a teacher."""
 
@@ -51,10 +54,10 @@ class Quality:
 
 @torch.no_grad()
 def evaluate(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | Speaker],
     sequences: Sequence[Tensor],
     *,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Speaker | None = None,
     documents: Sequence[int] | None = None,
     batch_size: int = 8,
     pad_id: int,
@@ -77,13 +80,16 @@ def evaluate(
     sums = {name: torch.zeros(len(sequences), 3, dtype=torch.float64) for name in models}
     order = batch_order(map(len, sequences), batch_size)
     with _evaluation_mode([*models.values(), *([teacher] if teacher is not None else [])]):
-        for positions in order if description is None else track(order, description):
+        for number, positions in enumerate(
+            order if description is None else track(order, description)
+        ):
             ids_BS, mask_BS = pad([sequences[position] for position in positions], pad_id)
             ids_BS, mask_BS = ids_BS.to(device), mask_BS.to(device)
-            wanted_BSV = None if teacher is None else _logits(teacher, ids_BS, mask_BS)
+            batch = (number, ids_BS, mask_BS)
+            wanted_BSV = None if teacher is None else _logits(teacher, *batch)
             for name, model in models.items():
                 known_BSV = wanted_BSV if model is teacher else None
-                logits_BSV = _logits(model, ids_BS, mask_BS) if known_BSV is None else known_BSV
+                logits_BSV = _logits(model, *batch) if known_BSV is None else known_BSV
                 sums[name][positions] = _batch_sums(name, logits_BSV, wanted_BSV, ids_BS, mask_BS)
     units = _units(len(sequences), documents)
     tokens_N = torch.tensor([len(sequence) - 1 for sequence in sequences])
@@ -94,9 +100,10 @@ def evaluate(
 
 
 @contextmanager
-def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
+def _evaluation_mode(models: Sequence[nn.Module | Speaker]) -> Iterator[None]:
+    loaded = [model for model in models if isinstance(model, nn.Module)]
+    modes = [(module, module.training) for model in loaded for module in model.modules()]
+    for model in loaded:
         model.eval()
     try:
         yield
@@ -105,7 +112,9 @@ def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def _logits(model: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def _logits(model: nn.Module | Speaker, number: int, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    if not isinstance(model, nn.Module):
+        return model(number, ids_BS, mask_BS)
     return model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).logits
 
 

@@ -105,11 +105,12 @@ def assemble(
     dtype: torch.dtype,
     max_shard_bytes: int,
     job: str,
-    card: str,
+    describe: Callable[[Path], None],
 ) -> None:
     """Write the student to ``out``, which appears whole or not at all.
 
-    ``job`` is the fingerprint of what made the layers, ``card`` the text of the model card.
+    ``job`` is the fingerprint of what made the layers; ``describe`` writes the model card into the
+    directory that it is given.
     """
     partial = artifacts.partial_directory(out)
     with ShardedWriter(partial, max_shard_bytes) as writer:
@@ -122,5 +123,5 @@ def assemble(
     shutil.copyfile(TRAVELLING_FILE, partial / TRAVELLING_FILE.name)
     config = student_config(reader.config, reader.family, layers, dtype, job)
     artifacts.write_json(partial / "config.json", config)
-    artifacts.write_text(partial / "README.md", card)
+    describe(partial)
     artifacts.finish_directory(partial, out)
