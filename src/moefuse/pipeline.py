@@ -188,9 +188,8 @@ class Job:
                 f"--tokens is {tokens}, fewer than one sequence of {length}; give more --tokens or "
                 "a smaller --sequence-length."
             )
-        source = self.calibration.data or self._bundled_data()
         sequences = corpus.tokenize(
-            corpus.load_documents(source),
+            corpus.load_documents(self.text_source),
             self.tokenizer,
             length,
             limit_tokens=tokens,
@@ -200,7 +199,11 @@ class Job:
         # Any token does: what stands in padding is never looked at.
         return list(corpus.batches(sequences, self.calibration.batch_size, 0))
 
-    def _bundled_data(self) -> Path:
+    @property
+    def text_source(self) -> str | Path:
+        """Where the calibration text is; the bundled teacher has one. Raises ``UserError``."""
+        if self.calibration.data is not None:
+            return self.calibration.data
         bundled = CheckpointReader.open(demo.teacher_path())
         if bundled.fingerprint() == self.reader.fingerprint():
             return demo.calibration_path()
