@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from running import Ran, changes, run_elsewhere, run_here, write_text
 from tiny import save_tiny
 
@@ -18,7 +19,8 @@ from moefuse.evaluation.report import read_report
 from moefuse.evaluation.rows import TEACHER, Row
 from moefuse.families import MoeShape
 from moefuse.pipeline import Job
-from moefuse.scaling import Grid, Scaling, Student, cheapest_first, read_grid, scaling
+from moefuse.scaling.grid import Grid, Student, cheapest_first, read_grid
+from moefuse.scaling.run import Scaling, scaling
 
 VALUES: dict[str, Any] = {
     "tokens": 512,
@@ -154,6 +156,82 @@ def test_other_settings_are_not_mixed_and_other_grids_are(
     more = measured(teacher, tmp_path / "out", replace(small, ranks=(2,)))
     assert more.report is not None
     assert [(r.groups, r.rank) for r in more.report.rows[1:]] == [(1, 2), (1, 0)]
+
+
+# Healing.
+
+HEALING: dict[str, Any] = {
+    **{"sequence_length": 64, "batch_size": 4, "save_steps": 2},
+    **{"expert_rate": 3e-4, "rate": 1e-5, "router_rate": 1e-5},
+}
+HEALED = Grid((1,), (0,), (4096, 16_384))
+
+
+@pytest.fixture(scope="module")
+def healed(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Scaling:
+    out = tmp_path_factory.mktemp("healed") / "out"
+    return measured(teacher, out, HEALED, healing=HEALING)
+
+
+def test_students_are_healed_by_schedules_of_their_own(healed: Scaling, teacher: Path) -> None:
+    assert healed.report is not None
+    first, *rows = healed.report.rows
+    assert [(r.stage, r.healed_tokens) for r in rows] == [
+        ("distilled", 0),
+        ("healed", 4096),
+        ("healed", 16_384),
+    ]
+    kls = [row.kl or 0.0 for row in rows]
+    assert kls[0] > kls[1] > kls[2] > 0
+    assert first.kl == 0, "the teacher was not healed along"
+    assert len({row.expert_bytes for row in rows}) == 1
+    assert healed.report.meta["healing"]["expert_rate"] == 3e-4
+    assert not list((healed.out / "work").glob("healing-*")), "checkpoints go when all is done"
+
+
+def test_a_student_is_what_healing_it_alone_gives(
+    healed: Scaling, teacher: Path, tmp_path: Path
+) -> None:
+    """Whatever was healed in this process before leaves no trace."""
+    alone = measured(teacher, tmp_path / "out", replace(HEALED, tokens=(16_384,)), healing=HEALING)
+    assert alone.report is not None
+    assert healed.report is not None
+    assert timeless(alone.report.rows[-1:]) == timeless(healed.report.rows[-1:])
+
+
+def test_a_grid_killed_while_it_heals_goes_on(run: Run, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "heal.yaml").write_text(yaml.safe_dump(HEALING))
+    grid = ("--groups", "1", "--ranks", "0", "--tokens", "4096")
+    healing = ("--healing", tmp_path / "heal.yaml")
+    command = ("scaling", "teacher", tmp_path / "out", *grid, *FLAGS, *healing)
+    assert run_elsewhere(tmp_path / "log", *command) == 0
+    _, whole = read_report(tmp_path / "out" / "scaling.json")
+    whole_checkpoints = [
+        number
+        for number, (kind, path) in enumerate(changes(tmp_path / "log"), start=1)
+        if kind == "os.rename" and path.endswith("complete.json.partial")
+    ]
+    (tmp_path / "out").rename(tmp_path / "whole")
+
+    status = run_elsewhere(tmp_path / "log", *command, die_at=whole_checkpoints[3] + 1)
+    assert status == -signal.SIGKILL
+    assert list((tmp_path / "out" / "work").glob("healing-*/checkpoint-*/complete.json"))
+    assert run_elsewhere(tmp_path / "log", *command) == 0
+
+    _, rows = read_report(tmp_path / "out" / "scaling.json")
+    assert timeless(rows) == timeless(whole)
+
+
+def test_mistakes_of_healing(run: Run, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "heal.yaml").write_text("tokens: 4M\n")
+    command = ("scaling", "teacher", tmp_path / "out", *FLAGS, "--tokens", "1M")
+    refused = run(*command, "--healing", tmp_path / "heal.yaml")
+    assert refused.status == 2
+    assert "has tokens; those to heal on are given by --tokens" in refused.err
+    refused = run(*command, "--heal-data", "nowhere.txt")
+    assert refused.status == 2
+    assert "nowhere.txt does not exist" in refused.err
+    assert not list((tmp_path / "out").glob("work/calibration-*")), "before any work"
 
 
 # The grid.

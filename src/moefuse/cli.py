@@ -554,6 +554,14 @@ def scaling_command(
             "[default: the largest of each]"
         ),
     ] = None,
+    heal_data: Annotated[
+        str | None,
+        typer.Option(help="Text to heal on. [default: the calibration text]"),
+    ] = None,
+    healing: Annotated[
+        Path | None,
+        typer.Option(help="Settings of healing from a YAML file, as 'moefuse heal' takes them."),
+    ] = None,
     held_out: Annotated[
         str | None,
         typer.Option(help="Text to measure on: a file, a folder, JSONL or a hub data set."),
@@ -569,14 +577,21 @@ def scaling_command(
 ) -> None:
     """Measure how KL follows groups, rank and healing tokens, and judge the three scaling laws."""
     from moefuse.evaluation.scaling_report import summary
-    from moefuse.scaling import read_grid, scaling
+    from moefuse.scaling.grid import read_grid
+    from moefuse.scaling.run import scaling
 
     first = build(ComputeConfig, values).seed
+    settings = read_yaml(healing, [HealConfig]) if healing else {}
+    if "tokens" in settings:
+        raise UserError(f"{healing} has tokens; those to heal on are given by --tokens here.")
+    if heal_data is not None:
+        settings["data"] = heal_data
     found = scaling(
         checkpoint,
         out,
         values,
         read_grid(groups, ranks, tokens, seeds, first_seed=first, cross=cross, middle=middle),
+        healing=settings,
         held_out=held_out,
         held_out_tokens=held_out_tokens,
         part=part,

@@ -203,7 +203,11 @@ def law_of(place: int, cells: Measured, middle: Place, *, seed: int = 0) -> Law:
         claim_forecast=claim_forecast,
         claim_holds=claim_forecast and bool(claim_is_best and claim_forecast.within),
         elsewhere=_elsewhere(place, cells),
-        remarks=(*_exact(place, cells, middle), *_remarks(axis, values, fits)),
+        remarks=(
+            *_exact(place, cells, middle),
+            *(_worse_for_healing(cells, values, middle) if axis is TOKENS else ()),
+            *_remarks(axis, values, fits),
+        ),
     )
 
 
@@ -281,6 +285,19 @@ def _exact(place: int, cells: Measured, middle: Place) -> list[str]:
             exact.append(f"{where[place] / axis.unit:g}")
     return [f"At {', '.join(exact)} the student equals the teacher: no point of a law."] * bool(
         exact
+    )
+
+
+def _worse_for_healing(
+    cells: Measured, values: Sequence[tuple[float, Sequence[float]]], middle: Place
+) -> list[str]:
+    """Say where healing left a student further from the teacher than it found it."""
+    before = cells.get((middle[0], middle[1], 0))
+    if before is None:
+        return []
+    worse = ", ".join(f"{x:g}" for x, kls in values if mean(kls) >= mean(before))
+    return [f"At {worse} million tokens healed students are no better than unhealed ones."] * bool(
+        worse
     )
 
 

@@ -16,7 +16,7 @@ from moefuse.errors import UserError
 from moefuse.evaluation.forecast import read_experience
 from moefuse.evaluation.report import read_report, report_json
 from moefuse.evaluation.rows import Row
-from moefuse.evaluation.scaling import Law, joint_laws, laws_of, measured
+from moefuse.evaluation.scaling import Law, joint_laws, law_of, laws_of, measured
 from moefuse.evaluation.scaling_plot import draw
 from moefuse.evaluation.scaling_report import (
     SCALING,
@@ -109,7 +109,7 @@ def test_verdicts_are_plain_words(report: ScalingReport) -> None:
 def test_a_law_that_breaks_is_said_not_to_hold() -> None:
     """Up to 8 groups a straight line, then a cliff that no form foresees."""
     rows = [replace(r, kl=(r.kl or 0) * (0.5 if r.groups == 16 else 1)) for r in grid()]
-    (groups, *_) = laws_of(measured(rows), MIDDLE)
+    groups = law_of(0, measured(rows), MIDDLE)
     assert groups.forecast is not None
     assert groups.forecast.error > 0.5
     assert groups.holds is False
@@ -127,13 +127,22 @@ def test_what_makes_a_law_doubtful_is_told() -> None:
     assert "**This could not be judged**: 3 points" in verdict(found)
 
     bent = [replace(r, kl=0.9) if r.groups == 4 else r for r in grid() if r.healed_tokens == 0]
-    groups = laws_of(measured(bent), (16, 16, 0))[0]
+    groups = law_of(0, measured(bent), (16, 16, 0))
     assert any("KL rises from" in remark and "2 to 4" in remark for remark in groups.remarks)
+
+
+def test_healing_that_does_harm_is_told(report: ScalingReport) -> None:
+    assert not any("no better" in remark for remark in law(report, "tokens").remarks)
+    rows = [replace(r, kl=9.0) if r.healed_tokens == TOKENS[0] else r for r in grid()]
+    found = law_of(2, measured(rows), MIDDLE)
+    assert "At 0.25 million tokens healed students are no better than unhealed ones." in (
+        found.remarks
+    )
 
 
 def test_exact_students_are_no_points_of_a_law() -> None:
     rows = [replace(r, kl=0.0) if r.groups == 16 else r for r in grid()]
-    groups = laws_of(measured(rows), MIDDLE)[0]
+    groups = law_of(0, measured(rows), MIDDLE)
     assert [x for x, _ in groups.points] == [1, 2, 4, 8]
     assert "At 16 the student equals the teacher: no point of a law." in groups.remarks
     joint = joint_laws(measured(rows))
