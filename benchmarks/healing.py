@@ -13,7 +13,6 @@ processes with ``--part 0/24`` to ``--part 23/24`` share it, the same command wi
 
 import copy
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,9 +20,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
 
+import torch
 import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from stdlib_text import stdlib_text
 from transformers import PreTrainedModel
 
 from moefuse import corpus, demo
@@ -43,7 +44,6 @@ from moefuse.comparison import (
 )
 from moefuse.config import HealConfig, build, parse_count
 from moefuse.console import say
-from moefuse.demo.teacher_data import is_heldout, read_sources
 from moefuse.evaluation.machine import machine_meta
 from moefuse.evaluation.report import report_json, row_from_json
 from moefuse.evaluation.rows import TEACHER, Row
@@ -77,13 +77,6 @@ class Cell:
     def name(self) -> str:
         """The cell's file, without ending."""
         return f"{self.method}-{self.groups}-seed{self.seed}"
-
-
-def healing_text() -> list[corpus.Document]:
-    """Return the standard library's sources, without what the held-out text is from."""
-    sources = read_sources(Path(sysconfig.get_paths()["stdlib"]))
-    kept = {path: text for path, text in sources.items() if not is_heldout(path)}
-    return [corpus.Document(text, None, path) for path, text in kept.items()]
 
 
 @dataclass(frozen=True)
@@ -188,9 +181,11 @@ def main(
         "logging_steps": 50,
     }
     options = build(HealConfig, values)
+    # The matrices are small: full fp32 products would take most of the time and change nothing.
+    torch.backends.cuda.matmul.allow_tf32 = True
     teacher, tokenizer = load_model(demo.teacher_path(), dtype="float32", device=device)
     length = options.sequence_length
-    text = pack(healing_text(), tokenizer, length, tokens=10**9, seed=0)
+    text = pack(stdlib_text(), tokenizer, length, tokens=10**9, seed=0)
     curve = pack(
         corpus.load_documents(demo.heldout_path()), tokenizer, length, tokens=CURVE_TOKENS, seed=0
     )

@@ -313,15 +313,15 @@ class HealConfig:
     )
     router: bool | None = setting(None, "Train the router as well. [default: with --train all]")
     expert_rate: float = setting(
-        1e-3, "Peak learning rate of the routed experts.", at_least=0, at_most=1
+        5e-4, "Peak learning rate of the routed experts.", at_least=0, at_most=1
     )
     code_rate: float = setting(
         1e-3, "Peak learning rate of low-bit rows and codebooks.", at_least=0, at_most=1
     )
     rate: float = setting(
-        5e-4, "Peak learning rate of all else: attention, embeddings, ...", at_least=0, at_most=1
+        2.5e-4, "Peak learning rate of all else: attention, embeddings, ...", at_least=0, at_most=1
     )
-    router_rate: float = setting(5e-4, "Peak learning rate of the router.", at_least=0, at_most=1)
+    router_rate: float = setting(2.5e-4, "Peak learning rate of the router.", at_least=0, at_most=1)
     warmup: float = setting(0.05, "Share of the steps spent warming up.", at_least=0, at_most=1)
     final_rate: float = setting(
         0.05, "Share of the peak learning rate left at the end.", at_least=0, at_most=1
