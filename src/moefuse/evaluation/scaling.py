@@ -95,6 +95,10 @@ class Extrapolation:
     within: bool
 
 
+AS_GOOD = 1.25
+"""Times the least held-out error that counts as the same: few points do not tell them apart."""
+
+
 @dataclass(frozen=True)
 class FormFit:
     """One form fitted to all points of an axis, with 95% intervals of its parameters, the relative
@@ -128,9 +132,10 @@ class Law:
 
     ``best`` is the form chosen by held-out error, ``forecast`` the largest point predicted by the
     form that the others chose, ``holds`` whether that lies within 10% (None: it could not be
-    judged). ``claim_is_best`` says whether ``best`` is a form that is claimed, ``claim_forecast``
-    is what the claimed form predicts, and ``claim_holds`` whether both are as claimed. ``remarks``
-    are what a reader has to know besides.
+    judged). ``claim_is_best`` says whether ``best`` is a form that is claimed, ``claim_is_near``
+    whether a claimed form errs hardly more, ``claim_forecast`` is what the claimed form predicts,
+    and ``claim_holds`` whether it is among the best and predicts within 10%. ``remarks`` are what a
+    reader has to know besides.
     """
 
     axis: str
@@ -143,6 +148,7 @@ class Law:
     forecast: Extrapolation | None
     holds: bool | None
     claim_is_best: bool | None
+    claim_is_near: bool | None
     claim_forecast: Extrapolation | None
     claim_holds: bool | None
     elsewhere: Elsewhere
@@ -188,6 +194,7 @@ def law_of(place: int, cells: Measured, middle: Place, *, seed: int = 0) -> Law:
     )
     forecast = _blind_forecast(axis.forms, points, seed)
     claim_is_best = choice.form in axis.claimed if choice else None
+    claim_is_near = _is_near(axis.claimed, choice.errors) if choice else None
     claim_forecast = _blind_forecast(axis.claimed, points, seed)
     return Law(
         axis=axis.name,
@@ -200,8 +207,9 @@ def law_of(place: int, cells: Measured, middle: Place, *, seed: int = 0) -> Law:
         forecast=forecast,
         holds=forecast.within if forecast else None,
         claim_is_best=claim_is_best,
+        claim_is_near=claim_is_near,
         claim_forecast=claim_forecast,
-        claim_holds=claim_forecast and bool(claim_is_best and claim_forecast.within),
+        claim_holds=claim_forecast and bool(claim_is_near and claim_forecast.within),
         elsewhere=_elsewhere(place, cells),
         remarks=(
             *_exact(place, cells, middle),
@@ -209,6 +217,13 @@ def law_of(place: int, cells: Measured, middle: Place, *, seed: int = 0) -> Law:
             *_remarks(axis, values, fits),
         ),
     )
+
+
+def _is_near(claimed: Sequence[str], errors: Mapping[str, float | None]) -> bool:
+    """Say whether a claimed form's held-out error is the least, or so near that points decide."""
+    known = {form: error for form, error in errors.items() if error is not None}
+    least = min(known.values(), default=0.0)
+    return any(known[form] <= AS_GOOD * least for form in claimed if form in known)
 
 
 def line(cells: Measured, place: int, middle: Place) -> list[tuple[float, Sequence[float]]]:

@@ -123,11 +123,10 @@ def verdict(law: Law) -> str:
             f"{axis.title} are too few."
         )
     holds = "The claim holds" if law.claim_holds else "The claim does not hold"
-    best = (
-        f"the {law.best} form has the least held-out error"
-        if law.claim_is_best
-        else f"the {law.best} form has a lesser held-out error"
-    )
+    best = f"the {law.best} form has the least held-out error"
+    if not law.claim_is_best:
+        lesser = "a hardly lesser" if law.claim_is_near else "a lesser"
+        best = f"the {law.best} form has {lesser} held-out error"
     parts = [
         f"Claim: {law.claim}. **{holds}**: {best}, and the claimed form "
         f"({law.claim_forecast.form}) {_forecast_words(law.claim_forecast)}.",
