@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check quality arena ablation spectra benchmarks clean
+.PHONY: demo test check quality arena ablation healing spectra benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -29,6 +29,10 @@ arena: $(VENV)/installed
 # What each part of the method is worth, one removed at a time, three seeds.
 ablation: $(VENV)/installed
 	$(BIN)/python benchmarks/ablation.py
+
+# Healing of this design and of rivals, with its way there; minutes on several GPUs, with --part.
+healing: $(VENV)/installed
+	$(BIN)/python benchmarks/healing.py
 
 # Spectra of deltas, how alike and how unequal neurons are, and where errors come from.
 spectra: $(VENV)/installed

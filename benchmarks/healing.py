@@ -28,6 +28,8 @@ from stdlib_text import stdlib_text
 from transformers import PreTrainedModel
 
 from moefuse import corpus, demo
+from moefuse.arena.bench import alone
+from moefuse.arena.students import run_stages
 from moefuse.artifacts import read_json, write_atomically, write_json, write_text
 from moefuse.comparison import (
     DISTILLED,
@@ -102,12 +104,11 @@ class Bench:
             bits = 8 * job.plan.expert_bytes / job.sizes.expert_parameters
             job = self.job({"expert_bits": bits, "seed": cell.seed})
         elif cell.method != FUSED:
-            job.calibrate()
-            job.group()
+            with alone(job.work / "calibrate.lock"):
+                job.calibrate()
             found = rivals(job, cell.method, distilled=True)
             return job, next(c for c in found if c.stage == DISTILLED)
-        for stage in (job.calibrate, job.group, job.factor, job.distill):
-            stage()
+        run_stages(job)
         return job, replace(fused(job, DISTILLED), method=cell.method)
 
     def measured(self, cell: Cell) -> dict[str, Any]:
