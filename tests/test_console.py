@@ -59,3 +59,18 @@ def test_long_messages_stay_on_one_line(capfd: pytest.CaptureFixture[str]) -> No
     console.say("word " * 100 + "[bold]end[/bold]")
 
     assert capfd.readouterr().err == "word " * 100 + "[bold]end[/bold]\n"
+
+
+def test_a_meter_tells_lines_now_and_then_and_at_the_end(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.Meter("Heal", 10, done=4) as meter:
+        meter.reach(5)
+        meter.reach(10, "(loss 0.5)")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"Heal \(loss 0.5\): 10/10, [\d.]+/s, 0 s left", line)
+
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    with console.Meter("Heal", 10) as meter:
+        meter.reach(5)
+    assert capfd.readouterr().err.startswith("Heal: 5/10, ")

@@ -11,6 +11,7 @@ from random_experts import Sizes, random_call, random_experts
 from torch import Tensor
 
 from moefuse.modeling import FusedExperts
+from moefuse.modeling.modeling_moefuse import expert_linear, padded_linear
 from moefuse.modeling.naive import naive_forward
 
 KINDS = [
@@ -276,3 +277,20 @@ def test_a_fresh_module_computes_its_bases_alone() -> None:
     assert module.delta is not None and all(p.isfinite().all() for p in module.parameters())
     assert module(*call).any()
     assert torch.equal(module(*call), bare(*call))
+
+
+@pytest.mark.parametrize("rows", [[3, 0, 5, 1], [0, 0, 2], [4], [1, 1, 1, 7]])
+def test_one_batched_product_is_those_of_one_expert_after_another(rows: list[int]) -> None:
+    """What a GPU does for deltas; run here on the CPU."""
+    generator = torch.Generator().manual_seed(sum(rows))
+    x_NI = torch.randn(sum(rows), 6, generator=generator, requires_grad=True)
+    weight_EOI = torch.randn(len(rows), 4, 6, generator=generator, requires_grad=True)
+    towards_NO = torch.randn(sum(rows), 4, generator=generator)
+
+    found = []
+    for product in (expert_linear, padded_linear):
+        y_NO = product(x_NI, weight_EOI, rows)
+        found.append([y_NO, *torch.autograd.grad((y_NO * towards_NO).sum(), [x_NI, weight_EOI])])
+
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other)

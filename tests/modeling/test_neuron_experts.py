@@ -22,9 +22,18 @@ from moefuse.modeling.modeling_moefuse import (
     own_name,
 )
 from moefuse.modeling.naive import all_rows, naive_neurons
-from moefuse.modeling.training import TrainedNeuronExperts, TrainedRows, encode, padded_own
+from moefuse.modeling.training import (
+    TrainedNeuronExperts,
+    TrainedRows,
+    encode,
+    padded_own,
+    stored_to_trained,
+    trained_to_stored,
+)
 
 WIDTHS = (*CODED, "16")
+SAME_CODE = 4 * torch.finfo(torch.float32).eps ** 0.5
+"""Squared distances in fp32 do not tell entries apart that are nearer to each other than this."""
 Call = tuple[Tensor, Tensor, Tensor]
 
 
@@ -378,6 +387,47 @@ def test_codes_follow_latents_every_few_steps_only_but_are_always_new_where_meas
 
     assert torch.equal(kept, first)
     assert not torch.equal(twin.read(0, None), first)  # type: ignore[arg-type]
+
+
+def test_codes_that_are_told_when_to_follow_do_so_only_then() -> None:
+    rows = CodedRows("4", 1, 5, 8)
+    encode(rows, normal(1, 5, 8, seed=1))
+    twin = TrainedRows(rows, normal(1, 5, 8, seed=1))
+    twin.choose_codes()
+    before = twin.code_N.clone()
+    with torch.no_grad():
+        twin.latent.neg_()
+
+    for _ in range(20):
+        twin.refresh()
+    with torch.no_grad():
+        twin.refresh()  # a measurement in between leaves no trace
+    assert torch.equal(twin.code_N, before)
+    twin.choose_codes()
+    assert not torch.equal(twin.code_N, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_experts_are_trained_and_stored_again_without_a_change(dtype: torch.dtype) -> None:
+    model = nn.Module()
+    model.layer = nn.Module()
+    model.layer.experts = random_layer(Sizes(tokens=20))[0].to(dtype).float()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    call = random_call(Sizes(tokens=20))
+    with torch.no_grad():
+        expected = model.layer.experts(*call)
+
+    stored_to_trained(model)
+    assert isinstance(model.layer.experts, TrainedNeuronExperts)
+    assert_close(model.layer.experts(*call), expected, SAME_CODE)
+    trained_to_stored(model)
+
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    unequal = [n for n in before if not torch.equal(after[n], before[n]) and "codes" not in n]
+    assert unequal == []
+    with torch.no_grad():
+        assert_close(model.layer.experts(*call), expected, SAME_CODE)
 
 
 # All experts at once, as on a GPU.
