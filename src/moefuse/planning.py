@@ -337,8 +337,10 @@ def _common_words(plan: Plan) -> str:
         (runs,) = _runs(plan)
         return runs
     kept = plan.neurons_kept
-    some = "every neuron" if kept == 1 else f"{percent_kept(kept)} of neurons"
     shared = max(layer.shared for layer in plan.layers.values())
+    if shared and not kept:
+        return f"{shared:,} neurons a layer, all shared"
+    some = "every neuron" if kept == 1 else f"{percent_kept(kept)} of neurons"
     return f"{some} at {plan.mean_bits:.1f} bits" + f", {shared:,} shared" * (shared > 0)
 
 

@@ -8,34 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import teacher, wish
 from torch import Tensor
 
-from moefuse.config import FactorConfig, SizeConfig, build
+from moefuse.config import FactorConfig
 from moefuse.families import MoeShape
 from moefuse.fusion.advice import advise, kept_share, mean_bits, percent_kept
 from moefuse.fusion.allocate import LOSS
-from moefuse.fusion.plan import Teacher, make_plan, settled_plan
+from moefuse.fusion.plan import make_plan, settled_plan
 from moefuse.fusion.plan_neurons import choices_of
+from moefuse.planning import _common_words
 from moefuse.sizes import LayerPlan, Plan
 
 SHAPE = MoeShape((1, 2), experts=8, top_k=2, shared_experts=1, hidden=64, intermediate=48)
 LITE = MoeShape(tuple(range(1, 27)), 64, 6, shared_experts=2, hidden=2048, intermediate=1408)
 DEMO = MoeShape(tuple(range(1, 6)), 64, 6, shared_experts=2, hidden=160, intermediate=64)
-
-
-def teacher(shape: MoeShape, itemsize: int = 2) -> Teacher:
-    return Teacher(
-        shape=shape,
-        outside=5000,
-        outside_bytes=5000 * itemsize,
-        largest_outside_layer=1500,
-        embedding=1000,
-        itemsize=itemsize,
-    )
-
-
-def wish(**size: Any) -> SizeConfig:
-    return build(SizeConfig, size)
 
 
 def planned(shape: MoeShape, itemsize: int = 2, **size: Any) -> Plan:
@@ -218,3 +205,11 @@ def test_the_plan_as_json_has_it_all() -> None:
         r"prune and quantise: [0-9.]+% of the neurons are kept, at [0-9]\.[0-9] bits on average",
         told["advice"],
     )
+
+
+def test_a_line_about_a_plan_of_shared_neurons_alone_names_no_bits() -> None:
+    routed = MoeShape((1, 2), experts=8, top_k=2, shared_experts=0, hidden=64, intermediate=48)
+    plan = planned(routed, expert_bits=1.0, bits="16")
+
+    assert plan.neurons_kept == 0
+    assert re.fullmatch(r"\d+ neurons a layer, all shared", _common_words(plan))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import teacher, wish
 from torch import Tensor
 
-from moefuse.config import FactorConfig, SizeConfig, build
+from moefuse.config import FactorConfig
 from moefuse.errors import UserError
 from moefuse.families import MoeShape
 from moefuse.fusion.allocate import FULL, LOW_BITS, predicted_loss
@@ -28,21 +29,6 @@ SHAPE = MoeShape((1, 2, 3), experts=8, top_k=2, shared_experts=1, hidden=64, int
 NUMBERS = 3 * 8 * 3 * 64 * 48
 LARGE = MoeShape((0, 1), experts=16, top_k=2, shared_experts=1, hidden=256, intermediate=256)
 ALL_ROUTED = replace(LARGE, shared_experts=0)
-
-
-def teacher(shape: MoeShape = SHAPE, itemsize: int = 2) -> Teacher:
-    return Teacher(
-        shape=shape,
-        outside=5000,
-        outside_bytes=5000 * itemsize,
-        largest_outside_layer=1500,
-        embedding=1000,
-        itemsize=itemsize,
-    )
-
-
-def wish(**size: Any) -> SizeConfig:
-    return build(SizeConfig, size)
 
 
 def planned(given: Teacher, **size: Any) -> Plan:
@@ -147,7 +133,7 @@ def test_the_budget_is_used(expert_bits: float, bits: str, itemsize: int) -> Non
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("bits", ["auto", "16"])
 def test_with_all_their_bytes_all_neurons_are_whole(bits: str, itemsize: int) -> None:
-    budget = expert_budget(teacher(itemsize=itemsize), wish(expert_bits=99.0, bits=bits))
+    budget = expert_budget(teacher(SHAPE, itemsize=itemsize), wish(expert_bits=99.0, bits=bits))
     assert budget == most_bytes(SHAPE, itemsize)
 
     chosen, plans = settle(
@@ -278,7 +264,7 @@ def test_without_shared_experts_all_are_kept_while_they_can_have_a_bit(
 
 def test_more_shared_neurons_than_the_budget_holds_are_told_before_work() -> None:
     with pytest.raises(UserError, match=r"--shared is 100000, and that many .* share fewer\.$"):
-        planned(teacher(), expert_bits=1.0, shared=100_000)
+        planned(teacher(SHAPE), expert_bits=1.0, shared=100_000)
 
 
 # Forecasts.
@@ -324,7 +310,7 @@ def test_parameters_and_bytes_are_those_asked_for(itemsize: int) -> None:
 )
 def test_a_wish_that_cannot_be_met_is_told_in_a_sentence(size: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
-        planned(teacher(), **size)
+        planned(teacher(SHAPE), **size)
 
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
