@@ -611,9 +611,9 @@ def scaling_command(
 def demo_command(
     out: Annotated[Path, typer.Argument(help="Directory for checkpoints and report.")],
     overwrite: Overwrite = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Fuse the bundled teacher to four sizes and compare with two rivals."""
+    """Fuse the bundled teacher to four sizes, heal each and compare with two rivals."""
     from moefuse.demo.run import run_demo
     from moefuse.evaluation.report import markdown_table
 
