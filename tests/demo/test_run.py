@@ -1,5 +1,6 @@
 """The demonstration, at one size and with few tokens and steps."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,17 @@ def test_what_cannot_be_done_is_told_first(shown: DemoResult, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="exists already"):
         run_demo(shown.out, **SHORT)
+
+
+def test_a_finished_one_may_be_replaced(
+    shown: DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shown.out, tmp_path / "out")
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "fuse", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path / "out", overwrite=True, **SHORT)
+    assert not (tmp_path / "out").exists(), "begun anew"

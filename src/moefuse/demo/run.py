@@ -40,7 +40,7 @@ HEALING: dict[str, Any] = {
     "rate": 1e-4,
     "router_rate": 1e-4,
 }
-"""How every size is healed: a minute each on two cores, far fewer tokens than a student is worth."""
+"""How every size is healed: a minute each on two cores, on far fewer tokens than would pay."""
 HELD_OUT_TOKENS = 12_288
 REPORT = "report.json"
 
