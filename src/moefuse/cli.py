@@ -70,6 +70,13 @@ Checkpoint = Annotated[str, typer.Argument(help="A checkpoint directory or a hub
 Work = Annotated[Path, typer.Argument(help="Directory for the artifacts of the stages.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub checkpoint.")]
+HealData = Annotated[
+    str | None, typer.Option(help="Text to heal on. [default: the calibration text]")
+]
+HealingFile = Annotated[
+    Path | None,
+    typer.Option(help="Settings of healing from a YAML file, as 'moefuse heal' takes them."),
+]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own Python code.")
 ]
@@ -441,6 +448,15 @@ def compare_command(
     quantise: Annotated[
         str, typer.Option(help="Round structural rivals inside distillation or after it.")
     ] = "inside",
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens to heal every student on after its layers were distilled, such as 1M. "
+            "[default: none is healed]"
+        ),
+    ] = None,
+    heal_data: HealData = None,
+    healing: HealingFile = None,
     held_out: Annotated[
         str | None,
         typer.Option(help="Text to measure on: a file, a folder, JSONL or a hub data set."),
@@ -475,6 +491,7 @@ def compare_command(
         out,
         values,
         read_wishes(methods, fractions, bits, seeds, first_seed=first, quantise=quantise),
+        healing=_compared_healing(heal_tokens, heal_data, healing),
         held_out=held_out,
         held_out_tokens=held_out_tokens,
         part=part,
@@ -491,6 +508,26 @@ def compare_command(
     else:
         typer.echo(summary(found.rows))
         typer.echo(f"Report and plots are in {out}.")
+
+
+def _compared_healing(
+    tokens: str | None, data: str | None, file: Path | None
+) -> dict[str, Any] | None:
+    """Return how students are healed; None where there is nothing to heal them on."""
+    if tokens is None:
+        if data is not None or file is not None:
+            raise UserError("--heal-data and --healing need --heal-tokens: how many to heal on.")
+        return None
+    parse_count(tokens, "--heal-tokens")
+    return {**_healing_settings(file, data, "--heal-tokens"), "tokens": tokens}
+
+
+def _healing_settings(file: Path | None, data: str | None, flag: str) -> dict[str, Any]:
+    """Read settings of healing, all but the tokens, which ``flag`` gives."""
+    settings = read_yaml(file, [HealConfig]) if file else {}
+    if "tokens" in settings:
+        raise UserError(f"{file} has tokens; those to heal on are given by {flag} here.")
+    return settings if data is None else {**settings, "data": data}
 
 
 @app.command("push")
@@ -554,14 +591,8 @@ def scaling_command(
             "[default: the largest of each]"
         ),
     ] = None,
-    heal_data: Annotated[
-        str | None,
-        typer.Option(help="Text to heal on. [default: the calibration text]"),
-    ] = None,
-    healing: Annotated[
-        Path | None,
-        typer.Option(help="Settings of healing from a YAML file, as 'moefuse heal' takes them."),
-    ] = None,
+    heal_data: HealData = None,
+    healing: HealingFile = None,
     held_out: Annotated[
         str | None,
         typer.Option(help="Text to measure on: a file, a folder, JSONL or a hub data set."),
@@ -581,17 +612,12 @@ def scaling_command(
     from moefuse.scaling.run import scaling
 
     first = build(ComputeConfig, values).seed
-    settings = read_yaml(healing, [HealConfig]) if healing else {}
-    if "tokens" in settings:
-        raise UserError(f"{healing} has tokens; those to heal on are given by --tokens here.")
-    if heal_data is not None:
-        settings["data"] = heal_data
     found = scaling(
         checkpoint,
         out,
         values,
         read_grid(groups, ranks, tokens, seeds, first_seed=first, cross=cross, middle=middle),
-        healing=settings,
+        healing=_healing_settings(healing, heal_data, "--tokens"),
         held_out=held_out,
         held_out_tokens=held_out_tokens,
         part=part,
@@ -611,9 +637,9 @@ def scaling_command(
 def demo_command(
     out: Annotated[Path, typer.Argument(help="Directory for checkpoints and report.")],
     overwrite: Overwrite = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Fuse the bundled teacher to four sizes and compare with two rivals."""
+    """Fuse the bundled teacher to four sizes, heal each and compare with two rivals."""
     from moefuse.demo.run import run_demo
     from moefuse.evaluation.report import markdown_table
 

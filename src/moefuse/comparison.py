@@ -1,8 +1,8 @@
 """Rivals beside this design: the same teacher, text, bytes, steps and held-out documents.
 
 A contender is a set of student modules, one a layer, put into a copy of the teacher that shares
-everything else with it. All contenders go through the held-out text in lockstep, so that every
-number of a comparison comes from one run.
+everything else with it, or a whole model, if healing changed more than that. All contenders go
+through the held-out text in lockstep, so that every number of a comparison comes from one run.
 """
 
 import copy
@@ -28,7 +28,7 @@ from moefuse.families import Family
 from moefuse.mathematics.experts import ExpertsCall
 from moefuse.pipeline import Job, peak_memory
 
-ONE_SHOT, DISTILLED = "one-shot", "distilled"
+ONE_SHOT, DISTILLED, HEALED = "one-shot", "distilled", "healed"
 FUSED = "fused"
 
 
@@ -58,7 +58,8 @@ class Contender:
     """One model of a comparison: how it was made and the student module of every MoE layer.
 
     ``seconds`` is the wall time that making the students took, calibration left out; ``bits``,
-    ``fraction`` and ``advice`` are as in ``Row``.
+    ``fraction``, ``advice`` and ``healed_tokens`` are as in ``Row``. A healed contender has all of
+    its weights in ``model``, the students among them.
     """
 
     method: str
@@ -72,6 +73,8 @@ class Contender:
     bits: float | None = None
     fraction: float | None = None
     advice: str | None = None
+    healed_tokens: int | None = None
+    model: PreTrainedModel | None = None
 
     @property
     def name(self) -> str:
@@ -216,6 +219,13 @@ def model_with(
     return model
 
 
+def model_of(teacher: PreTrainedModel, family: Family, contender: Contender) -> PreTrainedModel:
+    """Return a contender's whole model; all but its students is ``teacher``'s, if not healed."""
+    if contender.model is not None:
+        return contender.model
+    return model_with(teacher, family, contender.students)
+
+
 def contender_row(job: Job, contender: Contender, quality: Quality) -> Row:
     """Return a contender's row of the report."""
     taken, sizes = contender.footprint, job.sizes
@@ -228,6 +238,7 @@ def contender_row(job: Job, contender: Contender, quality: Quality) -> Row:
         advice=contender.advice,
         seed=contender.seed,
         stage=contender.stage,
+        healed_tokens=contender.healed_tokens,
         parameters=sizes.outside + taken.parameters,
         active_parameters=sizes.outside + taken.active,
         expert_bytes=taken.bytes,
@@ -318,7 +329,7 @@ def measure_contenders(
     if teacher is None:
         teacher, _ = load_model(job.reader.directory, dtype="float32", device=job.device)
     family = job.reader.family
-    models = {c.name: model_with(teacher, family, c.students) for c in contenders}
+    models = {c.name: model_of(teacher, family, c) for c in contenders}
     found = measure_models(job, models, held_out, teacher=teacher, description=description)
     rows = [contender_row(job, contender, found[contender.name]) for contender in contenders]
     return [teacher_row(job, found[TEACHER]), *rows]

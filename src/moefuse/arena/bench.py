@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moefuse.arena.cells import Cell
+from moefuse.arena.healing import Healing
 from moefuse.arena.lowbit import WHOLE_BYTES
 from moefuse.artifacts import fingerprint, write_json
 from moefuse.evaluation.report import Row, read_report, report_json
@@ -29,7 +31,8 @@ class Bench:
     """What all cells share: the job that calibrated, its teacher, and its recorded tokens.
 
     ``job_for(values)`` makes a job of the same checkpoint, text and settings with other ``values``;
-    ``quantise`` is as in ``Wishes``, ``tasks`` are run on students of the last stage.
+    ``quantise`` is as in ``Wishes``, ``tasks`` are run on students of the last stage. With
+    ``healing`` there is a third stage, and rivals' distilled students lie in ``kept`` meanwhile.
     """
 
     def __init__(
@@ -38,11 +41,15 @@ class Bench:
         job_for: Callable[[dict[str, Any]], Job],
         quantise: str,
         tasks: TaskRunner = NO_TASKS,
+        healing: Healing | None = None,
+        kept: Path | None = None,
     ) -> None:
         self.job = job
         self.job_for = job_for
         self.quantise = quantise
         self.tasks = tasks
+        self.healing = healing
+        self._kept_students = kept
         self._kept: dict[int, ExpertsCall] = {}
 
     @cached_property
@@ -85,6 +92,18 @@ class Bench:
         if held + _nbytes(call) <= KEPT_BYTES:
             self._kept[layer] = call
         return call
+
+    def kept_students(self, cell: Cell) -> Path | None:
+        """Return the file of a cell's distilled students; None where none is kept."""
+        if self._kept_students is None:
+            return None
+        return self._kept_students / f"{cell.name}.safetensors"
+
+    def forget_students(self, cell: Cell) -> None:
+        """Remove what was kept of a cell, which is done."""
+        path = self.kept_students(cell)
+        if path is not None:
+            path.unlink(missing_ok=True)
 
     def layer_budget(self, fraction: float) -> int:
         """Return the bytes that the routed experts of one layer may take."""

@@ -59,10 +59,16 @@ class RoundedStudent(nn.Module):
 
     Gradients pass the rounding straight through (see ``fake_quantize``). ``student`` is any module
     that is called like a Transformers experts module, fp32; it is trained in place. ``whole`` is
-    the dtype of what is not rounded to few bits.
+    the dtype of what is not rounded to few bits; ``scales`` are known ones, of every matrix.
     """
 
-    def __init__(self, student: nn.Module, bits: float, whole: torch.dtype) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        bits: float,
+        whole: torch.dtype,
+        scales: nn.ModuleList | None = None,
+    ) -> None:
         super().__init__()
         self.format = Format(bits, GROUP)
         self.whole = whole
@@ -70,7 +76,7 @@ class RoundedStudent(nn.Module):
         matrices = {name: p for name, p in student.named_parameters() if _is_matrix(p)}
         self.mirrored = {name: _is_mirrored(p, self.format) for name, p in matrices.items()}
         # Distillation has a learning rate of its own for what begins with "scale".
-        self.scales = nn.ModuleList(
+        self.scales = scales or nn.ModuleList(
             TrainedScales(best_scale(self._grouped(name, p.detach()), self.format))
             for name, p in matrices.items()
         )
@@ -95,9 +101,15 @@ class RoundedStudent(nn.Module):
             scales.round()
         for name, value in self.rounded().items():
             self.student.get_parameter(name).copy_(value)
-        rest = (p for p in routed_part(self.student).parameters() if not _is_matrix(p))
+        matrices = {id(self.student.get_parameter(name)) for name in self.mirrored}
+        rest = (p for p in routed_part(self.student).parameters() if id(p) not in matrices)
         round_to(rest, self.whole)
         return self.student
+
+    def of_experts(self) -> "RoundedStudent":
+        """Return the routed experts alone, rounded in the same way by the same scales."""
+        experts = routed_part(self.student).requires_grad_(True)
+        return RoundedStudent(experts, self.format.bits, self.whole, self.scales)
 
     def _grouped(self, name: str, matrix: Tensor) -> Tensor:
         """Turn a matrix so that its groups lie along the last dimension, or turn it back."""

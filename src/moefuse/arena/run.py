@@ -14,11 +14,13 @@ from moefuse import demo
 from moefuse.arena.bench import LIKE_OURS, Bench, alone
 from moefuse.arena.board import Board
 from moefuse.arena.cells import Cell, Wishes, part_of
+from moefuse.arena.healing import Healing, healing_of
 from moefuse.arena.report import Impossible, write_comparison
 from moefuse.arena.students import make_contenders
+from moefuse.artifacts import fingerprint
 from moefuse.baselines import TooSmallError
 from moefuse.checkpoint.reader import CheckpointReader
-from moefuse.comparison import Contender, HeldOut, measure_contenders, model_with
+from moefuse.comparison import Contender, HeldOut, measure_contenders, model_of
 from moefuse.console import say, track
 from moefuse.errors import UserError
 from moefuse.evaluation.report import Row, machine_meta, report_json
@@ -56,6 +58,7 @@ def compare(
     values: Mapping[str, Any],
     wishes: Wishes,
     *,
+    healing: Mapping[str, Any] | None = None,
     held_out: str | None = None,
     held_out_tokens: int = HELD_OUT_TOKENS,
     part: str | None = None,
@@ -68,11 +71,13 @@ def compare(
     """Compare methods on ``checkpoint`` at equal bytes, and write what was found to ``out``.
 
     ``values`` are settings by name (see ``config``; every method is distilled by what the logits
-    feel unless they say otherwise), ``held_out`` is the text to measure on,
-    ``part`` says which of the cells to do (see ``part_of``). ``tasks``, ``limit`` and
-    ``num_fewshot`` are what ``prepare_tasks`` takes; only the last stage's students are measured on
-    them, and the teacher once. Artifacts lie in ``out/work`` and finished cells in ``out/cells``;
-    the same call after an interruption goes on from the last finished cell. Raises ``UserError``
+    feel unless they say otherwise), ``healing`` those of healing, its tokens among them (see
+    ``healing_of``; None: nothing is healed). ``held_out`` is the text to measure on, ``part`` says
+    which of the cells to do (see ``part_of``). ``tasks``, ``limit`` and ``num_fewshot`` are what
+    ``prepare_tasks`` takes; only the last stage's students are measured on them, and the teacher
+    once. Artifacts lie in ``out/work`` and finished cells in ``out/cells``, healed ones in
+    ``out/healed-cells``; the same call after an interruption goes on from the last finished cell,
+    and does not distil again what waits for its healing. Raises ``UserError``
     for bad input before any expensive work starts.
     """
     out = Path(out)
@@ -98,15 +103,18 @@ def compare(
         limit=limit,
         num_fewshot=num_fewshot,
     )
-    board = Board(Cell, out / "cells", _settings(job, text, wishes.quantise, runner))
+    how = None if healing is None else _healing(job, healing)
+    board = _board(out, _settings(job, text, wishes.quantise, runner), how)
     todo = [cell for cell in mine if not board.has(cell)]
     if todo:
         with alone(job.work / "calibrate.lock"):
             job.calibrate()
-    bench = Bench(job, job_for, wishes.quantise, runner)
+    kept = None if how is None else job.work / f"students-{fingerprint(board.settings)}"
+    bench = Bench(job, job_for, wishes.quantise, runner, how, kept)
     for cell in track(todo, "Compare") if todo else ():
         board.write(cell, measure_cell(bench, cell, text))
-    return _finish(out, board, cells, job, text, wishes)
+        bench.forget_students(cell)
+    return _finish(out, board, cells, job, text, wishes, how)
 
 
 def read_held_out(job: Job, source: str | None, tokens: int) -> HeldOut:
@@ -126,6 +134,21 @@ def read_held_out(job: Job, source: str | None, tokens: int) -> HeldOut:
     if tokens < 2:
         raise UserError(f"--held-out-tokens is {tokens}; it must be at least 2.")
     return HeldOut.read(source, job, tokens)
+
+
+def _healing(job: Job, values: Mapping[str, Any]) -> Healing:
+    healing = healing_of(job, values)
+    if healing.options.train == "deltas":
+        raise UserError("Rivals have no deltas to heal alone: give train: all or train: experts.")
+    return healing
+
+
+def _board(out: Path, settings: dict[str, Any], healing: Healing | None) -> Board[Cell]:
+    """Return where cells are kept; healed ones are others than those that are not."""
+    if healing is None:
+        return Board(Cell, out / "cells", settings)
+    how = {**healing.settings(), "tokens": healing.tokens}
+    return Board(Cell, out / "healed-cells", {**settings, "healing": how})
 
 
 def _settings(job: Job, text: HeldOut, quantise: str, tasks: TaskRunner) -> dict[str, Any]:
@@ -172,15 +195,19 @@ def _with_tasks(
     if bench.tasks.asked is None:
         return list(rows), None
     teacher, *others, student = rows
-    scores, facts = bench.run_tasks(
-        model_with(bench.teacher, bench.job.reader.family, last.students)
-    )
+    scores, facts = bench.run_tasks(model_of(bench.teacher, bench.job.reader.family, last))
     scored = [replace(teacher, tasks=bench.teacher_scores), *others, replace(student, tasks=scores)]
     return scored, facts
 
 
 def _finish(
-    out: Path, board: Board[Cell], cells: Sequence[Cell], job: Job, text: HeldOut, wishes: Wishes
+    out: Path,
+    board: Board[Cell],
+    cells: Sequence[Cell],
+    job: Job,
+    text: HeldOut,
+    wishes: Wishes,
+    healing: Healing | None,
 ) -> Comparison:
     """Gather all cells and, if none is missing, write the report.
 
@@ -205,6 +232,7 @@ def _finish(
         grouping=asdict(job.grouping),
         factoring=asdict(job.factoring),
         distillation=asdict(job.distillation),
+        healing=None if healing is None else board.settings["healing"],
         tasks=tasks,
         **asdict(wishes),
     )

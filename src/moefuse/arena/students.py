@@ -4,13 +4,16 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moefuse.arena.bench import Bench, alone
 from moefuse.arena.cells import AFTER, FUSED_BF16, OURS, WHOLE, Cell
+from moefuse.arena.healing import Trainable, healed
 from moefuse.arena.lowbit import (
     RoundedStudent,
     bits_per_number,
@@ -18,6 +21,7 @@ from moefuse.arena.lowbit import (
     round_to,
     student_bytes,
 )
+from moefuse.artifacts import read_tensors, write_tensors
 from moefuse.baselines import Layer, TooSmallError, method
 from moefuse.comparison import (
     DISTILLED,
@@ -26,6 +30,7 @@ from moefuse.comparison import (
     Footprint,
     describe,
     fused,
+    rounded,
     routed_part,
     total,
 )
@@ -33,8 +38,11 @@ from moefuse.config import DistillConfig
 from moefuse.distillation.loop import distill_layer
 from moefuse.distillation.own_inputs import InMemory
 from moefuse.errors import UserError
+from moefuse.mathematics.experts import ExpertsCall
 from moefuse.pipeline import Job
 
+SECONDS = "seconds"
+"""Beside the tensors of a kept student: how long making it took."""
 FULL_RATE_BITS = 8
 """From so many bits on, matrices that are rounded while they are trained learn at the full rate.
 
@@ -45,10 +53,17 @@ and 2e-3: 2 bits 0.150, 0.147, 0.155, 0.192 (0.174 one-shot), 4 bits 0.359, 0.32
 
 def make_contenders(bench: Bench, cell: Cell) -> list[Contender]:
     """Make a cell's students at every stage; raises ``TooSmallError`` where none fits."""
-    return _ours(bench, cell) if cell.method in OURS else _rivals(bench, cell)
+    found, trainable = (_ours if cell.method in OURS else _rivals)(bench, cell)
+    if bench.healing is None:
+        return found
+    return [*found, healed(bench.job, bench.healing, bench.teacher, found[-1], trainable)]
 
 
-def _ours(bench: Bench, cell: Cell) -> list[Contender]:
+Found = tuple[list[Contender], dict[int, Trainable]]
+"""Contenders in the order of their stages, and the last one's students as they are trained."""
+
+
+def _ours(bench: Bench, cell: Cell) -> Found:
     """Make this design's students by the stages of its own job."""
     teacher_bits = 8 * bench.job.sizes.itemsize
     size: dict[str, Any] = {"expert_bits": teacher_bits * (cell.fraction or 1.0)}
@@ -61,10 +76,15 @@ def _ours(bench: Bench, cell: Cell) -> list[Contender]:
         raise TooSmallError(str(error)) from error
     run_stages(job)
     stages = (ONE_SHOT, DISTILLED) if job.distillation.steps else (ONE_SHOT,)
-    return [
+    found = [
         replace(fused(job, stage), method=cell.method, bits=cell.bits, fraction=cell.fraction)
         for stage in stages
     ]
+
+    def finish(student: nn.Module) -> nn.Module:
+        return rounded(student, job.stored)
+
+    return found, {layer: Trainable(s, finish) for layer, s in found[-1].students.items()}
 
 
 def run_stages(job: Job) -> None:
@@ -79,47 +99,73 @@ def run_stages(job: Job) -> None:
             stage()
 
 
-@dataclass(frozen=True)
-class Made:
-    """One layer's student as it is trained, how it is finished, and what it takes stored.
+class KeptStudents:
+    """A rival's distilled students in the file ``path``, for when their healing is interrupted.
 
-    ``finish`` returns a module with the very numbers that are stored, fp32.
+    Without a path nothing is kept.
     """
 
-    trained: nn.Module
-    finish: Callable[[Any], nn.Module]
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known = read_tensors(path) if path is not None and path.exists() else {}
+        self.added: dict[str, Tensor] = {}
+
+    def restore(self, layer: int, module: nn.Module) -> float | None:
+        """Give ``module`` the weights that were kept; return the seconds that they took, or None
+        where there are none."""
+        start = f"{layer}."
+        found = {n.removeprefix(start): t for n, t in self.known.items() if n.startswith(start)}
+        if not found:
+            return None
+        seconds = float(found.pop(SECONDS))
+        module.load_state_dict(found)
+        return seconds
+
+    def add(self, layer: int, module: nn.Module, seconds: float) -> None:
+        """Remember a student as it is now."""
+        if self.path is not None:
+            state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            state[SECONDS] = torch.tensor(seconds, dtype=torch.float64)
+            self.added |= {f"{layer}.{name}": tensor for name, tensor in state.items()}
+
+    def write(self) -> None:
+        """Write what was remembered, all layers at once."""
+        if self.path is not None and self.added:
+            write_tensors(self.path, self.added)
+
+
+@dataclass(frozen=True)
+class Made(Trainable):
+    """One layer's student as it is trained, how it is finished, and what it takes stored."""
+
     footprint: Footprint
 
 
-def _rivals(bench: Bench, cell: Cell) -> list[Contender]:
+def _rivals(bench: Bench, cell: Cell) -> Found:
     job, options = bench.job, distillation_of(bench, cell)
     stages = (ONE_SHOT, DISTILLED) if options.steps else (ONE_SHOT,)
     students: dict[str, dict[int, nn.Module]] = {stage: {} for stage in stages}
     seconds, footprints = dict.fromkeys(stages, 0.0), []
     layers = job.reader.shape.layers
     own = job.own_inputs(InMemory()) if options.steps and job.on_own_inputs else None
+    kept = KeptStudents(bench.kept_students(cell))
+    trainable: dict[int, Trainable] = {}
     for layer in layers:
         start, call = time.monotonic(), bench.call(layer)
         described = replace(describe(job, layer, call), seed=cell.seed)
         with job.suited_threads():
-            made = _make(bench, cell, described)
+            made = trainable[layer] = _make(bench, cell, described)
             footprints.append(made.footprint)
-            students[ONE_SHOT][layer] = _still(made.finish(copy.deepcopy(made.trained)))
+            students[ONE_SHOT][layer] = _still(made.finish(copy.deepcopy(made.module)))
             seconds[ONE_SHOT] += time.monotonic() - start
             if options.steps:
-                distill_layer(
-                    made.trained,
-                    own.call(layer) if own else call,
-                    options,
-                    seed=cell.seed + layer,
-                    metric_root_DD=job.metric_root(layer),
-                )
-                student = _still(made.finish(made.trained))
-                students[DISTILLED][layer] = student
+                started = own.call(layer) if own else call
+                seconds[DISTILLED] += _distil(bench, cell, layer, made, started, kept, start)
+                students[DISTILLED][layer] = _still(made.finish(made.module))
                 if own and layer != layers[-1]:
-                    own.take(student)
-                seconds[DISTILLED] += time.monotonic() - start
-    return [
+                    own.take(students[DISTILLED][layer])
+    kept.write()
+    found = [
         Contender(
             method=cell.method,
             stage=stage,
@@ -134,6 +180,32 @@ def _rivals(bench: Bench, cell: Cell) -> list[Contender]:
         )
         for stage in stages
     ]
+    return found, trainable
+
+
+def _distil(
+    bench: Bench,
+    cell: Cell,
+    layer: int,
+    made: Made,
+    call: ExpertsCall,
+    kept: KeptStudents,
+    start: float,
+) -> float:
+    """Distil one layer's student in place, or restore it; return its seconds from ``start`` on."""
+    known = kept.restore(layer, made.module)
+    if known is not None:
+        return known
+    distill_layer(
+        made.module,
+        call,
+        distillation_of(bench, cell),
+        seed=cell.seed + layer,
+        metric_root_DD=bench.job.metric_root(layer),
+    )
+    seconds = time.monotonic() - start
+    kept.add(layer, made.module, seconds)
+    return seconds
 
 
 def distillation_of(bench: Bench, cell: Cell) -> DistillConfig:
@@ -217,8 +289,14 @@ def _structural(bench: Bench, student: Any, bits: float) -> Made:
 
     if bits == WHOLE:
         return Made(student, in_whole, taken)
+
+    def after(trained: nn.Module) -> nn.Module:
+        trained.requires_grad_(False)
+        routed_part(trained).requires_grad_(True)
+        return RoundedStudent(trained, bits, bench.whole).finished()
+
     if bench.quantise == AFTER:
-        return Made(student, lambda m: RoundedStudent(m, bits, bench.whole).finished(), taken)
+        return Made(student, after, taken)
     return Made(RoundedStudent(student, bits, bench.whole), RoundedStudent.finished, taken)
 
 

@@ -58,6 +58,10 @@ class KeptExperts(nn.Module):
         output = self.routed(x_TD.unsqueeze(0))
         return (output[0] if isinstance(output, tuple) else output).reshape(x_TD.shape)
 
+    def put_experts(self, experts: nn.Module) -> None:
+        """Let the block call ``experts`` in the place of those it has."""
+        setattr(self.routed, self.experts_name, experts)
+
     def block_like(self, block: nn.Module) -> nn.Module:
         """Return the whole native block with the shared experts of ``block`` put back."""
         whole = copy.copy(self.routed)

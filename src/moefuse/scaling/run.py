@@ -23,10 +23,12 @@ from moefuse import artifacts
 from moefuse.arena.bench import alone
 from moefuse.arena.board import Board
 from moefuse.arena.cells import part_of
+from moefuse.arena.healing import Healing, healing_of
 from moefuse.arena.run import HELD_OUT_TOKENS, read_held_out
 from moefuse.arena.students import run_stages
 from moefuse.comparison import (
     DISTILLED,
+    HEALED,
     ONE_SHOT,
     Contender,
     HeldOut,
@@ -45,9 +47,7 @@ from moefuse.evaluation.scaling_report import LeftOut, ScalingReport, write_scal
 from moefuse.pipeline import Job
 from moefuse.places import check_new, check_outside
 from moefuse.scaling.grid import Grid, Student, cheapest_first
-from moefuse.scaling.healing import Healing, healing_of
-
-HEALED = "healed"
+from moefuse.scaling.healing import heal_student
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def scaling(
     mine = part_of(students, part)
     check_outside(out, first.reader.directory, "output")
     text = read_held_out(first, held_out, held_out_tokens)
-    how = healing_of(first, healing or {}) if max(grid.tokens) else None
+    mixed = first.device.startswith("cuda")
+    how = healing_of(first, healing or {}, mixed=mixed) if max(grid.tokens) else None
     bench = Bench(first, job_for, text, how)
     board = Board(Student, out / "cells", bench.settings())
     todo = [student for student in mine if not board.has(student)]
@@ -168,7 +169,7 @@ class Bench:
         mark = artifacts.fingerprint([job.distilled_directory.name, self.healing.settings()])
         directory = job.work / f"healing-{student.name}-{mark}"
         with job.suited_threads():
-            self.healing.heal(model, self.teacher, student, directory)
+            heal_student(self.healing, model, self.teacher, student, directory)
         round_parameters(model, job.stored)
         found = measure_models(
             job, {HEALED: model}, self.text, teacher=self.teacher, description=None
