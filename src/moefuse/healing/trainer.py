@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -28,13 +30,16 @@ from moefuse.healing.parts import freeze, parameter_groups
 from moefuse.healing.sources import TeacherSource, packed_inputs
 from moefuse.healing.text import PackedRows, PackedText
 from moefuse.mathematics.divergence import hidden_distance
-from moefuse.modeling.training import TrainedNeuronExperts
+from moefuse.modeling import FusedExperts
+from moefuse.modeling.training import TrainedNeuronExperts, TrainedRows
 
 IGNORED = -100
 """What a label is whose prediction does not count; Transformers' own choice."""
 COMPLETE = "complete.json"
 """The file that says that a checkpoint of the Trainer is whole."""
 KEPT_CHECKPOINTS = 2
+TIMES = ("_runtime", "_per_second")
+"""Ends of what the Trainer's log says about time."""
 CODES_EVERY = 8
 """Optimiser steps after which the codes of low-bit rows are chosen anew."""
 
@@ -119,7 +124,7 @@ def _hidden_losses(outputs: Any, told: tuple[Tensor, ...], counted_BS: Tensor) -
 
 
 class _Watch(TrainerCallback):
-    """Shows progress, keeps the log, renews codes, and stops when the loss is no number."""
+    """Shows progress, renews codes, and stops when the loss is no number."""
 
     def __init__(self, model: nn.Module, meter: Meter | None) -> None:
         self.meter = meter
@@ -132,7 +137,11 @@ class _Watch(TrainerCallback):
                 module.choose_codes()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Show how far it is."""
+        """Show how far it is, and let nothing be lost or done twice by an interruption."""
+        # The Trainer would train on from a checkpoint of its last step.
+        control.should_save = control.should_save and state.global_step < state.max_steps
+        # A checkpoint does not hold the losses since the last line of the log.
+        control.should_log = control.should_log or control.should_save
         if self.meter is not None:
             losses = [line["loss"] for line in state.log_history[-3:] if "loss" in line]
             self.meter.reach(state.global_step, f"(loss {losses[-1]:.4f})" if losses else "")
@@ -154,11 +163,22 @@ class _Watch(TrainerCallback):
             )
 
 
+def tokens_per_row(text: PackedText) -> float:
+    """Return how many tokens a row of the text holds on average.
+
+    The few that pad it count, and of every piece but a row's first its first token does not.
+    """
+    return (int((text.position_NS > 0).sum()) + text.rows) / text.rows
+
+
+def rows_per_step(options: HealConfig, processes: int) -> int:
+    """Return how many rows all processes together read in one optimiser step."""
+    return options.batch_size * options.accumulate * processes
+
+
 def steps_of(text: PackedText, options: HealConfig, processes: int) -> int:
     """Return how many optimiser steps the tokens that were asked for make."""
-    used = int((text.position_NS > 0).sum()) + text.rows
-    rows = options.batch_size * options.accumulate * processes
-    per_step = used / text.rows * rows
+    per_step = tokens_per_row(text) * rows_per_step(options, processes)
     return max(1, round(parse_count(options.tokens, "--tokens") / per_step))
 
 
@@ -197,7 +217,9 @@ def train(
     same call goes on from the last whole one and ends as if it had not been interrupted.
     ``held_out`` is measured now and then, its losses logged as ``eval_loss``.
     """
+    check_attention(model)
     freeze(model, family, options)
+    resumed = last_complete(directory) if resumable else None
     arguments = _arguments(
         options,
         directory,
@@ -206,6 +228,7 @@ def train(
         device=device,
         mixed=mixed,
         measures=held_out is not None,
+        starts=resumed is None,
         saves=resumable,
     )
     trainer = HealingTrainer(
@@ -219,7 +242,8 @@ def train(
         data_collator=collate,
     )
     trainer.remove_callback(PrinterCallback)
-    resumed = last_complete(directory) if resumable else None
+    if getattr(trainer.accelerator.state, "fsdp_plugin", None) is not None:
+        _prepare_for_sharding(trainer, model)
     done = int(resumed.name.split("-")[1]) if resumed else 0
     shown = description is not None and trainer.is_world_process_zero()
     meter = Meter(description or "", arguments.max_steps, done=done) if shown else None
@@ -229,7 +253,70 @@ def train(
     else:
         with meter:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    return trainer.state.log_history
+    return figures(trainer.state.log_history)
+
+
+def figures(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of a Trainer's log without times, which differ from run to run, and without
+    its last line, which tells only of what came after the last interruption."""
+    return [
+        {key: value for key, value in line.items() if not key.endswith(TIMES)}
+        for line in log
+        if "train_runtime" not in line
+    ]
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse attention in which a token would see other pieces of its row.
+
+    From positions alone Transformers makes a mask for sdpa, eager and flex attention; flash
+    attention gets one only in batches of one row, and would else be wrong without a word.
+    """
+    kind = str(model.config._attn_implementation)
+    if "flash" in kind:
+        raise UserError(
+            f"Packed rows cannot be read with {kind}, in which tokens would see other documents; "
+            "take attn_implementation out of config.json, or make it sdpa."
+        )
+
+
+def _prepare_for_sharding(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse what FSDP cannot do, and make every process have a gradient of everything."""
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError(
+            "Healing is sharded by FSDP 2 alone; give accelerate launch --fsdp_version 2."
+        )
+    for module in model.modules():
+        if isinstance(module, TrainedRows):
+            raise UserError(
+                "Low-bit rows choose their codes from whole weights, which FSDP never holds; heal "
+                "this student without --use_fsdp."
+            )
+        if isinstance(module, FusedExperts):
+            module.register_forward_hook(use_every_base)
+
+
+def use_every_base(module: FusedExperts, _: Any, out_TD: Tensor) -> Tensor:
+    """Give bases that no token of this process chose a gradient of nought instead of none.
+
+    FSDP sums the gradients of a layer as one run of numbers, which must be alike everywhere.
+    """
+    bases: Any = module.bases
+    weights = [linear.weight[0, 0] for base in bases for linear in base.children()]
+    return out_TD + 0 * torch.stack(weights).sum()
+
+
+def whole_state(model: nn.Module) -> Mapping[str, Any]:
+    """Return a model's state, gathered on the first process if it is sharded.
+
+    All processes call this; the others of a sharded model get nothing.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model.state_dict()
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def _arguments(
@@ -241,6 +328,7 @@ def _arguments(
     device: str,
     mixed: bool,
     measures: bool,
+    starts: bool,
     saves: bool,
 ) -> TrainingArguments:
     arguments = TrainingArguments(
@@ -257,6 +345,8 @@ def _arguments(
         bf16=mixed,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        # An expert that no token of a process chose has no gradient there.
+        ddp_find_unused_parameters=True,
         use_cpu=device == "cpu",
         seed=seed,
         save_strategy="steps" if saves else "no",
@@ -264,7 +354,7 @@ def _arguments(
         save_total_limit=KEPT_CHECKPOINTS,
         eval_strategy="steps" if measures else "no",
         eval_steps=options.eval_steps,
-        eval_on_start=measures,
+        eval_on_start=measures and starts,
         prediction_loss_only=True,
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,
