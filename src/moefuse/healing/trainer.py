@@ -138,10 +138,11 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Show how far it is, and let nothing be lost or done twice by an interruption."""
+        last = state.global_step >= state.max_steps
         # The Trainer would train on from a checkpoint of its last step.
-        control.should_save = control.should_save and state.global_step < state.max_steps
+        control.should_save = control.should_save and not last
         # A checkpoint does not hold the losses since the last line of the log.
-        control.should_log = control.should_log or control.should_save
+        control.should_log = control.should_log or control.should_save or last
         if self.meter is not None:
             losses = [line["loss"] for line in state.log_history[-3:] if "loss" in line]
             self.meter.reach(state.global_step, f"(loss {losses[-1]:.4f})" if losses else "")
@@ -258,9 +259,12 @@ def train(
 
 def figures(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines of a Trainer's log without times, which differ from run to run, and without
-    its last line, which tells only of what came after the last interruption."""
+    its last line, which tells only of what came after the last interruption.
+
+    The Trainer sorts what it reads back from a checkpoint, so here all lines are sorted.
+    """
     return [
-        {key: value for key, value in line.items() if not key.endswith(TIMES)}
+        {key: line[key] for key in sorted(line) if not key.endswith(TIMES)}
         for line in log
         if "train_runtime" not in line
     ]
