@@ -23,11 +23,11 @@ def logits(seed: int, tokens: int = 5, vocabulary: int = 11) -> Tensor:
 def naive_kl(p_logits_TV: Tensor, q_logits_TV: Tensor, temperature: float) -> Tensor:
     """KL(p || q), one word at a time."""
     totals = []
-    for p_V, q_V in zip(p_logits_TV.double(), q_logits_TV.double(), strict=True):
-        p_V, q_V = (p_V / temperature).exp(), (q_V / temperature).exp()
-        p_V, q_V = p_V / p_V.sum(), q_V / q_V.sum()
-        totals.append(sum(p * (p / q).log() for p, q in zip(p_V, q_V, strict=True)))
-    return temperature**2 * torch.stack([torch.as_tensor(total) for total in totals])
+    for p_logits_V, q_logits_V in zip(p_logits_TV.double(), q_logits_TV.double(), strict=True):
+        p_V, q_V = (p_logits_V / temperature).exp(), (q_logits_V / temperature).exp()
+        pairs = zip(p_V / p_V.sum(), q_V / q_V.sum(), strict=True)
+        totals.append(torch.stack([p * (p / q).log() for p, q in pairs]).sum())
+    return temperature**2 * torch.stack(totals)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])

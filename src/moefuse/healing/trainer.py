@@ -10,10 +10,12 @@ Shape suffixes: B rows, S tokens in a row, T tokens that count, D hidden width.
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -27,7 +29,7 @@ from moefuse.errors import UserError
 from moefuse.families import Family
 from moefuse.healing.losses import chunked_losses, losses_in_place_of_logits
 from moefuse.healing.parts import freeze, parameter_groups
-from moefuse.healing.sources import TeacherSource, packed_inputs
+from moefuse.healing.sources import NoTeacher, TeacherSource, packed_inputs
 from moefuse.healing.text import PackedRows, PackedText
 from moefuse.mathematics.divergence import hidden_distance
 from moefuse.modeling import FusedExperts
@@ -82,12 +84,13 @@ class HealingTrainer(Trainer):
     ) -> Any:
         """Return the mean loss over the tokens that count, of all processes' batches of a step."""
         counted_BS = inputs["shift_labels"] != IGNORED
-        told = self.source.tell(inputs, counted_BS, hidden=bool(self.options.hidden))
+        source, options = self._judges(learns=model.training)
+        told = source.tell(inputs, counted_BS, hidden=bool(options.hidden))
         next_T = inputs["shift_labels"][counted_BS]
 
         def losses(hidden_BSD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
             hidden_TD = hidden_BSD[counted_BS]
-            losses_T = chunked_losses(hidden_TD, head, told.targets, next_T, self.options)
+            losses_T = chunked_losses(hidden_TD, head, told.targets, next_T, options)
             zeros_BS = torch.zeros(counted_BS.shape, device=counted_BS.device)
             return zeros_BS.masked_scatter(counted_BS, losses_T)
 
@@ -96,13 +99,22 @@ class HealingTrainer(Trainer):
             outputs = model(**packed_inputs(inputs), output_hidden_states=bool(told.hidden))
         total = outputs.logits.sum()
         if told.hidden:
-            total = total + self.options.hidden * _hidden_losses(outputs, told.hidden, counted_BS)
+            total = total + options.hidden * _hidden_losses(outputs, told.hidden, counted_BS)
         if num_items_in_batch is None:
             loss = total / counted_BS.sum()
         else:
             # Data parallel wrappers take the mean over processes of what is a sum over them.
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _judges(self, *, learns: bool) -> tuple[TeacherSource, HealConfig]:
+        """Return what tells the targets of a batch and which losses count.
+
+        On held-out text a cache has nothing to tell, and the text's cross-entropy is measured.
+        """
+        if learns or self.source.knows_all:
+            return self.source, self.options
+        return NoTeacher(), replace(self.options, forward_kl=0.0, cross_entropy=1.0)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as always, then mark the checkpoint as whole."""
@@ -216,7 +228,8 @@ def train(
     ``model`` holds its experts as they are trained (see ``moefuse.modeling.training``); ``mixed``
     computes in bf16 around fp32 weights. Checkpoints lie in ``directory``; with ``resumable`` the
     same call goes on from the last whole one and ends as if it had not been interrupted.
-    ``held_out`` is measured now and then, its losses logged as ``eval_loss``.
+    ``held_out`` is measured now and then, its losses logged as ``eval_loss``; with a cache, which
+    knows nothing of it, its cross-entropy.
     """
     check_attention(model)
     freeze(model, family, options)
@@ -287,6 +300,8 @@ def check_attention(model: PreTrainedModel) -> None:
 def _prepare_for_sharding(trainer: Trainer, model: nn.Module) -> None:
     """Refuse what FSDP cannot do, and make every process have a gradient of everything."""
     plugin: Any = trainer.accelerator.state.fsdp_plugin
+    if trainer.accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("Accelerate shards by FSDP on several GPUs alone; leave --use_fsdp out.")
     if plugin.fsdp_version != 2:
         raise UserError(
             "Healing is sharded by FSDP 2 alone; give accelerate launch --fsdp_version 2."
