@@ -37,7 +37,7 @@ SMALL = (*CALIBRATION, "--steps", "5", "--batch-tokens", "64")
 SIZE = ("--groups", "3", "--rank", "2")
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["running", "moefuse.pipeline", "moefuse.planning"])
+_server.set_forkserver_preload(["running", "moefuse.pipeline", "moefuse.planning", "moefuse.heal"])
 
 
 def write_text(path: Path, lines: int = 120) -> Path:

@@ -56,16 +56,16 @@ __all__ = [
 def write_card(directory: Path, record: CardRecord) -> None:
     """Write ``record`` into a checkpoint, and the card and its plot made of it.
 
-    Each file is written whole or not at all; the same record gives the same bytes. Without figures
+    Each file is written whole or not at all; the same record gives the same bytes. Without a KL
     there is no plot, and one of before is removed.
     """
     text = render_card(record)
     save_record(directory, record)
-    if record.measured is None:
-        (directory / PLOT).unlink(missing_ok=True)
-    else:
+    if record.measured is not None and record.measured.has_kl:
         stages = record.measured.stages
         stage_plot([_row(stage) for stage in stages if stage.stage != TEACHER], directory / PLOT)
+    else:
+        (directory / PLOT).unlink(missing_ok=True)
     artifacts.write_text(directory / CARD, text)
 
 

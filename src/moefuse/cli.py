@@ -374,6 +374,8 @@ def heal_command(
     json_: Json = False,
 ) -> None:
     """Train a whole student until it predicts what its teacher does."""
+    from accelerate import PartialState
+
     from moefuse.heal import heal, render_healed
 
     result = heal(
@@ -386,7 +388,8 @@ def heal_command(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    _print_json(result.to_json()) if json_ else _show(render_healed(result))
+    if PartialState().is_main_process:
+        _print_json(result.to_json()) if json_ else _show(render_healed(result))
 
 
 @app.command()

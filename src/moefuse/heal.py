@@ -16,30 +16,43 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefuse import artifacts, corpus
-from moefuse.checkpoint.headers import (
-    CONFIG,
-    INDEX,
-    PICKLE_SUFFIXES,
-    CheckpointHeaders,
-    local_directory,
-    read_headers,
-)
+from moefuse import artifacts, corpus, demo
+from moefuse.cards import CardRecord, Healed, Metrics, Text, read_record, write_card
+from moefuse.checkpoint.headers import CONFIG, PICKLE_SUFFIXES, CheckpointHeaders, read_headers
 from moefuse.checkpoint.reader import fingerprint_of
-from moefuse.checkpoint.writer import ShardedWriter
 from moefuse.config import ComputeConfig, HealConfig, build, parse_count
+from moefuse.console import say
 from moefuse.devices import STORED, choose_device, suited_threads
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import checkpoint_directory, load_model, load_tokenizer
+from moefuse.evaluation.streamed import HeldOut
+from moefuse.export.record import RECORD
 from moefuse.families import Family, all_families
+from moefuse.heal_card import (
+    HEALED,
+    Judge,
+    healed_facts,
+    healed_record,
+    held_out_for,
+    name_of,
+    stage_before,
+)
 from moefuse.healing.cache import TeacherCache
+from moefuse.healing.parts import check_trains
 from moefuse.healing.sources import CachedTeacher, LiveTeacher, TeacherSource
 from moefuse.healing.text import PackedText, pack
-from moefuse.healing.trainer import remove_incomplete, train
+from moefuse.healing.trainer import (
+    remove_incomplete,
+    rows_per_step,
+    tokens_per_row,
+    train,
+    whole_state,
+)
 from moefuse.modeling import is_fused, load_fused
+from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX
 from moefuse.modeling.training import stored_to_trained, trained_to_stored
 from moefuse.pipeline import peak_memory
 from moefuse.places import check_new, check_output, check_outside, check_own
@@ -110,12 +123,11 @@ def heal(
     if log is None:
         check_output(out, overwrite=overwrite)
         log = job.run(work / f"heal-{mark}", out, mark)
-    if PartialState().is_main_process:
+    if job.process.is_main_process:
         artifacts.remove_replaced(out)
         shutil.rmtree(work, ignore_errors=True)
     steps = max(line["step"] for line in log)
-    tokens = parse_count(job.options.tokens, "--tokens")
-    return HealResult(out, steps, tokens, log, time.monotonic() - start, peak_memory())
+    return HealResult(out, steps, job.tokens(steps), log, time.monotonic() - start, peak_memory())
 
 
 def _finished(out: Path, mark: str) -> list[dict[str, Any]] | None:
@@ -146,16 +158,25 @@ class HealJob:
         self.student = checkpoint_directory(student)
         self.headers = read_headers(self.student)
         self.family = _family(self.headers.config)
+        check_trains(self.headers.tensors, self.family, self.options)
+        has_record = (self.student / RECORD).exists()
+        self.record = read_record(self.student) if has_record else None
         self.device = choose_device(self.compute.device)
         self.mixed = self._computes_in_bf16()
+        self.process = PartialState(cpu=self.device == "cpu")
         if (teacher is None) == (teacher_cache is None):
             raise UserError("Give one of --teacher and --teacher-cache; healing needs a teacher.")
-        self.teacher = teacher
         self.cache = None if teacher_cache is None else TeacherCache.open(teacher_cache)
+        self.teacher = None if teacher is None else checkpoint_directory(teacher)
         self._check_cache()
+        self.teacher_fingerprint = self._check_teacher()
         self.tokenizer = load_tokenizer(self.student)
         self.text = self._text()
-        self.held_out = None if held_out is None else self._held_out(held_out)
+        self._held_out_source = held_out or (demo.heldout_path() if self._is_bundled else None)
+        self.held_out = self._held_out()
+        self.measured_on = self._measured_on()
+
+    # What goes in.
 
     def _computes_in_bf16(self) -> bool:
         wish = self.compute.dtype
@@ -193,6 +214,22 @@ class HealJob:
                 "are of different models."
             )
 
+    def _check_teacher(self) -> str:
+        """Return the teacher's fingerprint; refuses one that the student cannot be of."""
+        if self.teacher is None:
+            assert self.cache is not None
+            return self.cache.manifest.teacher_fingerprint
+        headers = read_headers(self.teacher)
+        check_same_kind(self.teacher, headers.config, self.headers.config, self.options)
+        return fingerprint_of(self.teacher, headers.config, headers.tensors)
+
+    @property
+    def _is_bundled(self) -> bool:
+        """Whether the teacher is the bundled one, whose held-out text is at hand."""
+        bundled = read_headers(demo.teacher_path())
+        found = fingerprint_of(demo.teacher_path(), bundled.config, bundled.tensors)
+        return found == self.teacher_fingerprint
+
     def _text(self) -> PackedText:
         if self.cache is not None:
             if self.options.data is None:
@@ -216,10 +253,20 @@ class HealJob:
             seed=self.compute.seed,
         )
 
-    def _held_out(self, source: str | Path) -> PackedText:
-        documents = corpus.load_documents(source)
+    def _held_out(self) -> PackedText | None:
+        """Return what the loss is measured on now and then during training."""
+        if self._held_out_source is None:
+            return None
+        documents = corpus.load_documents(self._held_out_source)
         length = self.options.sequence_length
         return pack(documents, self.tokenizer, length, tokens=HELD_OUT_TOKENS, seed=0)
+
+    def _measured_on(self) -> HeldOut | None:
+        """Return what the student is measured on for its card, if it has one."""
+        if self._held_out_source is None or self.record is None:
+            return None
+        length = self.options.sequence_length
+        return held_out_for(self.record, self._held_out_source, self.tokenizer, length)
 
     def mark(self) -> str:
         """Return what tells this job from others: all that the outcome depends on."""
@@ -231,55 +278,39 @@ class HealJob:
         return artifacts.fingerprint(
             [
                 fingerprint_of(self.student, self.headers.config, self.headers.tensors),
+                self.record.to_json() if self.record else None,
                 self.text.fingerprint(),
                 self.held_out.fingerprint() if self.held_out else None,
-                self._teacher_mark(),
+                self.teacher_fingerprint,
+                self.cache.manifest.job if self.cache else None,
                 settings,
-                [self.compute.seed, self.device, self.mixed, PartialState().num_processes],
+                [self.compute.seed, self.device, self.mixed, self.process.num_processes],
             ]
         )
 
-    def _teacher_mark(self) -> str:
-        if self.cache is not None:
-            return f"cache {self.cache.manifest.teacher_fingerprint} {self.cache.manifest.job}"
-        directory = local_directory(str(self.teacher))
-        if directory is None:
-            return str(self.teacher)
-        headers = read_headers(directory)
-        return fingerprint_of(directory, headers.config, headers.tensors)
+    def tokens(self, steps: int) -> int:
+        """Return how many tokens so many steps are trained on, repeated ones counted again."""
+        rows = rows_per_step(self.options, self.process.num_processes)
+        return round(steps * rows * tokens_per_row(self.text))
 
-    def source(self) -> TeacherSource:
-        """Return what tells the teacher's predictions; a live teacher is loaded."""
-        if self.cache is not None:
-            return CachedTeacher(self.cache)
-        assert self.teacher is not None
-        teacher, _ = load_model(
-            self.teacher,
-            dtype="bfloat16" if self.mixed else "float32",
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
-        )
-        ours, theirs = self.headers.config.get("vocab_size"), teacher.config.vocab_size
-        if ours != theirs:
-            raise UserError(
-                f"The teacher {self.teacher} has a vocabulary of {theirs} words, the student "
-                f"{ours}; a student is healed against the model that it was made from."
-            )
-        return LiveTeacher(teacher)
+    # What comes out.
 
     def run(self, directory: Path, out: Path, mark: str) -> list[dict[str, Any]]:
         """Train and write ``out``; returns the log."""
-        process = PartialState()
-        if process.is_main_process:
+        main = self.process.is_main_process
+        if main:
             remove_incomplete(directory)
-        process.wait_for_everyone()
+        self.process.wait_for_everyone()
         model = load_fused(self.student, dtype=torch.float32)
-        stored_to_trained(model)
+        source = self.source()
+        judge = self._judge(source) if main else None
         shape = self.family.shape(self._teacher_config())
         with suited_threads(shape.hidden, shape.intermediate):
+            before = self._measure_before(judge, model)
+            stored_to_trained(model)
             log = train(
                 model,
-                self.source(),
+                source,
                 self.text,
                 self.family,
                 self.options,
@@ -289,15 +320,86 @@ class HealJob:
                 mixed=self.mixed,
                 held_out=self.held_out,
             )
-        if process.is_main_process:
             trained_to_stored(model)
-            facts = {"job": mark, "settings": asdict(self.options), "log": log}
-            write_healed(model, self.student, self.headers, out, facts)
-        process.wait_for_everyone()
+            state = whole_state(model)
+            if main:
+                stored = as_stored(state, self.headers)
+                record = self._record(out.name, log, stored, judge, before)
+                facts = {"job": mark, "settings": asdict(self.options), "log": log}
+                write_healed(stored, self.student, self.headers, out, facts, record)
+        self.process.wait_for_everyone()
         return log
+
+    def source(self) -> TeacherSource:
+        """Return what tells the teacher's predictions; a live teacher is loaded."""
+        if self.teacher is None:
+            assert self.cache is not None
+            return CachedTeacher(self.cache)
+        teacher, _ = load_model(
+            self.teacher,
+            dtype="bfloat16" if self.mixed else "float32",
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+        return LiveTeacher(teacher)
 
     def _teacher_config(self) -> dict[str, Any]:
         return {**self.headers.config, "model_type": self.family.model_type}
+
+    def _judge(self, source: TeacherSource) -> Judge | None:
+        """Return what measures the student for its card, if there is a text to do it on."""
+        if self.measured_on is None:
+            return None
+        teacher = source.model if isinstance(source, LiveTeacher) else None
+        device = self.process.device
+        assert device is not None
+        return Judge(self.measured_on, teacher, device)
+
+    def _measure_before(self, judge: Judge | None, model: PreTrainedModel) -> list[Metrics]:
+        """Measure the student as it came in; figures of one that was healed before are kept."""
+        stage = stage_before(self.record) if self.record else None
+        if judge is None or stage is None:
+            return []
+        _, found = judge.measure(stage, model.to(judge.device))  # type: ignore[arg-type]
+        return found
+
+    def _record(
+        self,
+        name: str,
+        log: list[dict[str, Any]],
+        stored: Mapping[str, Tensor],
+        judge: Judge | None,
+        before: list[Metrics],
+    ) -> CardRecord | None:
+        """Return what the card of the healed checkpoint tells; None where there is no card."""
+        if self.record is None:
+            say(f"{name} has no model card, because {self.student} has no record to make it from.")
+            return None
+        data, after = None, []
+        if judge is not None:
+            # Loaded anew: what was trained may lie in parts on several machines.
+            model = load_fused(self.student, dtype=torch.float32)
+            model.load_state_dict(dict(stored), strict=False)
+            data, after = judge.measure(HEALED, model.to(judge.device))  # type: ignore[arg-type]
+        facts = self._facts(max(line["step"] for line in log), judge)
+        return healed_record(self.record, name, facts, data, [*before, *after])
+
+    def _facts(self, steps: int, judge: Judge | None) -> Healed:
+        manifest = self.cache.manifest if self.cache else None
+        source = self.options.data or (manifest.text if manifest else "")
+        cached = (
+            f"the original's {manifest.top} likeliest words and {manifest.tail} drawn ones"
+            if manifest
+            else None
+        )
+        return healed_facts(
+            self.options,
+            Text(name_of(source), self.tokens(steps), sequence_length=self.text.ids_NS.shape[1]),
+            steps,
+            rows_per_step(self.options, self.process.num_processes),
+            cached=cached,
+            compares=judge is None or judge.teacher is not None,
+        )
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -310,31 +412,69 @@ def _family(config: Mapping[str, Any]) -> Family:
     return all_families()[config["moefuse"]["teacher_model_type"]]
 
 
+def check_same_kind(
+    teacher: Path,
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    options: HealConfig,
+) -> None:
+    """Refuse a teacher that the student of the configuration ``ours`` cannot have been made from.
+
+    A student is compared with it word by word and, with ``--hidden``, layer by layer. It may itself
+    be a fused checkpoint. Raises ``UserError``.
+    """
+    kinds = [str(config.get("model_type")) for config in (theirs, ours)]
+    kinds = [kind.removeprefix(MODEL_TYPE_PREFIX) for kind in kinds]
+    told = {"model_type": kinds, "vocab_size": [c.get("vocab_size") for c in (theirs, ours)]}
+    if options.hidden:
+        for name in ("hidden_size", "num_hidden_layers"):
+            told[name] = [config.get(name) for config in (theirs, ours)]
+    for name, (their, our) in told.items():
+        if their != our:
+            raise UserError(
+                f"The {name} of the teacher {teacher} is {their}, the student's is {our}; a "
+                "student is healed against the model that it was made from."
+            )
+
+
+def as_stored(state: Mapping[str, Tensor], headers: CheckpointHeaders) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint in the dtypes that ``headers`` name, from a whole state.
+
+    Codes and maps are whole numbers, which stay as they are.
+    """
+    return {
+        name: state[name].detach().to("cpu", STORED.get(info.dtype, state[name].dtype))
+        for name, info in headers.tensors.items()
+    }
+
+
 def write_healed(
-    model: nn.Module,
+    stored: Mapping[str, Tensor],
     student: Path,
     headers: CheckpointHeaders,
     out: Path,
     facts: Mapping[str, Any],
+    record: CardRecord | None,
 ) -> None:
-    """Write ``model`` to ``out`` in the form of ``student``: the same files, names and dtypes.
+    """Write ``stored`` to ``out`` in the form of ``student``: the same files, names and dtypes.
 
-    ``out`` appears whole or not at all; ``facts`` is what ``healing.json`` says.
+    ``out`` appears whole or not at all; ``facts`` is what ``healing.json`` says, ``record`` what
+    the card does, if there is one.
     """
     partial = artifacts.partial_directory(out)
-    state = model.state_dict()
-    with ShardedWriter(partial) as writer:
-        for name, info in headers.tensors.items():
-            # Codes and maps are whole numbers, which stay as they are.
-            writer.add(name, state[name].to(STORED.get(info.dtype, state[name].dtype)))
+    shards = {info.shard for info in headers.tensors.values()}
     for path in sorted(student.iterdir()):
-        weights = path.suffix in (*PICKLE_SUFFIXES, ".safetensors") or path.name == INDEX
-        if path.is_file() and not weights:
+        if path.is_file() and path.name not in shards and path.suffix not in PICKLE_SUFFIXES:
             shutil.copyfile(path, partial / path.name)
+    for shard in sorted(shards):
+        names = [name for name, info in headers.tensors.items() if info.shard == shard]
+        artifacts.write_tensors(partial / shard, {name: stored[name] for name in names})
     config = dict(headers.config)
     config["moefuse"] = {**config["moefuse"], "job": facts["job"]}
     artifacts.write_json(partial / CONFIG, config)
     artifacts.write_json(partial / HEALING, facts)
+    if record is not None:
+        write_card(partial, record)
     artifacts.finish_directory(partial, out)
 
 

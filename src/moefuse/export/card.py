@@ -110,7 +110,12 @@ def _args(metrics: Metrics, name: str) -> dict[str, Any] | None:
 
 
 def _introduction(record: CardRecord) -> str:
-    return f"{_made(record.base.name, record.form)} The router is the original's."
+    router = (
+        "The router is the original's."
+        if record.healed is None
+        else f"It was then healed; trained: {record.healed.trained}."
+    )
+    return f"{_made(record.base.name, record.form)} {router}"
 
 
 def _made(original: str, form: Form) -> str:
@@ -247,7 +252,8 @@ def _quality(record: CardRecord) -> list[str]:
         (STAGES.get(stage.stage, stage.stage), *(_figure(stage, name) for name in METRICS))
         for stage in measured.stages
     ]
-    return [_filled(told), _table(titles, rows), PLOTTED.format(plot=PLOT)]
+    plot = [PLOTTED.format(plot=PLOT)] if measured.has_kl else []
+    return [_filled(told), _table(titles, rows), *plot]
 
 
 def _figure(metrics: Metrics, name: str) -> str:

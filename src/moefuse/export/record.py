@@ -132,6 +132,11 @@ class Measured:
     stages: tuple[Metrics, ...]
     note: str = ""
 
+    @property
+    def has_kl(self) -> bool:
+        """Whether any stage was compared with the teacher, so that there is something to plot."""
+        return any(stage.kl is not None for stage in self.stages)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)

@@ -70,6 +70,15 @@ class CachedTargets:
         return options.forward_kl * truncated_kl(self.top.rows(chunk), student_TV)
 
 
+@dataclass(frozen=True)
+class NoTargets:
+    """No teacher's predictions."""
+
+    def losses(self, chunk: slice, student_TV: Tensor, options: HealConfig) -> Tensor:  # noqa: ARG002
+        """Return zeros: (T,) fp32."""
+        return torch.zeros(len(student_TV), device=student_TV.device)
+
+
 def chunked_losses(
     hidden_TD: Tensor,
     head: Callable[[Tensor], Tensor],

@@ -5,7 +5,7 @@ which came from the teacher whole; the router, which decides which experts see w
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -43,15 +43,21 @@ def is_trained(name: str, family: Family, options: HealConfig) -> bool:
     return part == "experts" and OF_ONE_EXPERT.search(name) is not None
 
 
-def freeze(model: nn.Module, family: Family, options: HealConfig) -> None:
-    """Leave ``requires_grad`` on what is trained alone; raises ``UserError`` where nothing is."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name, family, options))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+def check_trains(names: Iterable[str], family: Family, options: HealConfig) -> None:
+    """Raise ``UserError`` where none of the parameters called ``names`` is trained."""
+    if not any(is_trained(name, family, options) for name in names):
         raise UserError(
             f"--train {options.train} leaves nothing to train in this student, which has no "
             "deltas, scales or biases; choose --train experts or --train all."
         )
+
+
+def freeze(model: nn.Module, family: Family, options: HealConfig) -> None:
+    """Leave ``requires_grad`` on what is trained alone; raises ``UserError`` where nothing is."""
+    named = dict(model.named_parameters())
+    check_trains(named, family, options)
+    for name, parameter in named.items():
+        parameter.requires_grad_(is_trained(name, family, options))
 
 
 def parameter_groups(

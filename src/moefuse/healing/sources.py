@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefuse.healing.cache import TeacherCache
-from moefuse.healing.losses import CachedTargets, LiveTargets, Targets
+from moefuse.healing.losses import CachedTargets, LiveTargets, NoTargets, Targets
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Told:
 
 
 class TeacherSource(Protocol):
-    """What tells a batch's targets."""
+    """What tells a batch's targets; ``knows_all`` is whether of other text than that to heal on."""
+
+    knows_all: bool
 
     def tell(self, batch: Mapping[str, Tensor], counted_BS: Tensor, *, hidden: bool) -> Told:
         """Return what the teacher says about ``batch`` (see ``PackedRows``)."""
@@ -47,6 +49,8 @@ def packed_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
 class LiveTeacher:
     """A teacher in memory; it never learns."""
 
+    knows_all = True
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
 
@@ -64,6 +68,8 @@ class LiveTeacher:
 class CachedTeacher:
     """A cache's rows, which are the text's."""
 
+    knows_all = False
+
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
 
@@ -71,3 +77,13 @@ class CachedTeacher:
         """Read the batch's rows from the disk."""
         assert not hidden, "refused before work starts: a cache has no hidden states"
         return Told(CachedTargets(self.cache.rows(batch["row"]).to(counted_BS.device)))
+
+
+class NoTeacher:
+    """Nothing at all: only the text's own cross-entropy can be measured."""
+
+    knows_all = True
+
+    def tell(self, batch: Mapping[str, Tensor], counted_BS: Tensor, *, hidden: bool) -> Told:  # noqa: ARG002
+        """Return targets from which everything is as far as nothing."""
+        return Told(NoTargets())

@@ -10,11 +10,15 @@ Shape suffixes: B rows, S tokens in a row, T tokens that count, D hidden width.
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -25,16 +29,19 @@ from moefuse.errors import UserError
 from moefuse.families import Family
 from moefuse.healing.losses import chunked_losses, losses_in_place_of_logits
 from moefuse.healing.parts import freeze, parameter_groups
-from moefuse.healing.sources import TeacherSource, packed_inputs
+from moefuse.healing.sources import NoTeacher, TeacherSource, packed_inputs
 from moefuse.healing.text import PackedRows, PackedText
 from moefuse.mathematics.divergence import hidden_distance
-from moefuse.modeling.training import TrainedNeuronExperts
+from moefuse.modeling import FusedExperts
+from moefuse.modeling.training import TrainedNeuronExperts, TrainedRows
 
 IGNORED = -100
 """What a label is whose prediction does not count; Transformers' own choice."""
 COMPLETE = "complete.json"
 """The file that says that a checkpoint of the Trainer is whole."""
 KEPT_CHECKPOINTS = 2
+TIMES = ("_runtime", "_per_second")
+"""Ends of what the Trainer's log says about time."""
 CODES_EVERY = 8
 """Optimiser steps after which the codes of low-bit rows are chosen anew."""
 
@@ -77,12 +84,13 @@ class HealingTrainer(Trainer):
     ) -> Any:
         """Return the mean loss over the tokens that count, of all processes' batches of a step."""
         counted_BS = inputs["shift_labels"] != IGNORED
-        told = self.source.tell(inputs, counted_BS, hidden=bool(self.options.hidden))
+        source, options = self._judges(learns=model.training)
+        told = source.tell(inputs, counted_BS, hidden=bool(options.hidden))
         next_T = inputs["shift_labels"][counted_BS]
 
         def losses(hidden_BSD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
             hidden_TD = hidden_BSD[counted_BS]
-            losses_T = chunked_losses(hidden_TD, head, told.targets, next_T, self.options)
+            losses_T = chunked_losses(hidden_TD, head, told.targets, next_T, options)
             zeros_BS = torch.zeros(counted_BS.shape, device=counted_BS.device)
             return zeros_BS.masked_scatter(counted_BS, losses_T)
 
@@ -91,13 +99,22 @@ class HealingTrainer(Trainer):
             outputs = model(**packed_inputs(inputs), output_hidden_states=bool(told.hidden))
         total = outputs.logits.sum()
         if told.hidden:
-            total = total + self.options.hidden * _hidden_losses(outputs, told.hidden, counted_BS)
+            total = total + options.hidden * _hidden_losses(outputs, told.hidden, counted_BS)
         if num_items_in_batch is None:
             loss = total / counted_BS.sum()
         else:
             # Data parallel wrappers take the mean over processes of what is a sum over them.
             loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _judges(self, *, learns: bool) -> tuple[TeacherSource, HealConfig]:
+        """Return what tells the targets of a batch and which losses count.
+
+        On held-out text a cache has nothing to tell, and the text's cross-entropy is measured.
+        """
+        if learns or self.source.knows_all:
+            return self.source, self.options
+        return NoTeacher(), replace(self.options, forward_kl=0.0, cross_entropy=1.0)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as always, then mark the checkpoint as whole."""
@@ -119,7 +136,7 @@ def _hidden_losses(outputs: Any, told: tuple[Tensor, ...], counted_BS: Tensor) -
 
 
 class _Watch(TrainerCallback):
-    """Shows progress, keeps the log, renews codes, and stops when the loss is no number."""
+    """Shows progress, renews codes, and stops when the loss is no number."""
 
     def __init__(self, model: nn.Module, meter: Meter | None) -> None:
         self.meter = meter
@@ -132,7 +149,12 @@ class _Watch(TrainerCallback):
                 module.choose_codes()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Show how far it is."""
+        """Show how far it is, and let nothing be lost or done twice by an interruption."""
+        last = state.global_step >= state.max_steps
+        # The Trainer would train on from a checkpoint of its last step.
+        control.should_save = control.should_save and not last
+        # A checkpoint does not hold the losses since the last line of the log.
+        control.should_log = control.should_log or control.should_save or last
         if self.meter is not None:
             losses = [line["loss"] for line in state.log_history[-3:] if "loss" in line]
             self.meter.reach(state.global_step, f"(loss {losses[-1]:.4f})" if losses else "")
@@ -154,11 +176,22 @@ class _Watch(TrainerCallback):
             )
 
 
+def tokens_per_row(text: PackedText) -> float:
+    """Return how many tokens a row of the text holds on average.
+
+    The few that pad it count, and of every piece but a row's first its first token does not.
+    """
+    return (int((text.position_NS > 0).sum()) + text.rows) / text.rows
+
+
+def rows_per_step(options: HealConfig, processes: int) -> int:
+    """Return how many rows all processes together read in one optimiser step."""
+    return options.batch_size * options.accumulate * processes
+
+
 def steps_of(text: PackedText, options: HealConfig, processes: int) -> int:
     """Return how many optimiser steps the tokens that were asked for make."""
-    used = int((text.position_NS > 0).sum()) + text.rows
-    rows = options.batch_size * options.accumulate * processes
-    per_step = used / text.rows * rows
+    per_step = tokens_per_row(text) * rows_per_step(options, processes)
     return max(1, round(parse_count(options.tokens, "--tokens") / per_step))
 
 
@@ -195,9 +228,12 @@ def train(
     ``model`` holds its experts as they are trained (see ``moefuse.modeling.training``); ``mixed``
     computes in bf16 around fp32 weights. Checkpoints lie in ``directory``; with ``resumable`` the
     same call goes on from the last whole one and ends as if it had not been interrupted.
-    ``held_out`` is measured now and then, its losses logged as ``eval_loss``.
+    ``held_out`` is measured now and then, its losses logged as ``eval_loss``; with a cache, which
+    knows nothing of it, its cross-entropy.
     """
+    check_attention(model)
     freeze(model, family, options)
+    resumed = last_complete(directory) if resumable else None
     arguments = _arguments(
         options,
         directory,
@@ -206,6 +242,7 @@ def train(
         device=device,
         mixed=mixed,
         measures=held_out is not None,
+        starts=resumed is None,
         saves=resumable,
     )
     trainer = HealingTrainer(
@@ -219,7 +256,8 @@ def train(
         data_collator=collate,
     )
     trainer.remove_callback(PrinterCallback)
-    resumed = last_complete(directory) if resumable else None
+    if getattr(trainer.accelerator.state, "fsdp_plugin", None) is not None:
+        _prepare_for_sharding(trainer, model)
     done = int(resumed.name.split("-")[1]) if resumed else 0
     shown = description is not None and trainer.is_world_process_zero()
     meter = Meter(description or "", arguments.max_steps, done=done) if shown else None
@@ -229,7 +267,75 @@ def train(
     else:
         with meter:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    return trainer.state.log_history
+    return figures(trainer.state.log_history)
+
+
+def figures(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of a Trainer's log without times, which differ from run to run, and without
+    its last line, which tells only of what came after the last interruption.
+
+    The Trainer sorts what it reads back from a checkpoint, so here all lines are sorted.
+    """
+    return [
+        {key: line[key] for key in sorted(line) if not key.endswith(TIMES)}
+        for line in log
+        if "train_runtime" not in line
+    ]
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse attention in which a token would see other pieces of its row.
+
+    From positions alone Transformers makes a mask for sdpa, eager and flex attention; flash
+    attention gets one only in batches of one row, and would else be wrong without a word.
+    """
+    kind = str(model.config._attn_implementation)
+    if "flash" in kind:
+        raise UserError(
+            f"Packed rows cannot be read with {kind}, in which tokens would see other documents; "
+            "take attn_implementation out of config.json, or make it sdpa."
+        )
+
+
+def _prepare_for_sharding(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse what FSDP cannot do, and make every process have a gradient of everything."""
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    if trainer.accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("Accelerate shards by FSDP on several GPUs alone; leave --use_fsdp out.")
+    if plugin.fsdp_version != 2:
+        raise UserError(
+            "Healing is sharded by FSDP 2 alone; give accelerate launch --fsdp_version 2."
+        )
+    for module in model.modules():
+        if isinstance(module, TrainedRows):
+            raise UserError(
+                "Low-bit rows choose their codes from whole weights, which FSDP never holds; heal "
+                "this student without --use_fsdp."
+            )
+        if isinstance(module, FusedExperts):
+            module.register_forward_hook(use_every_base)
+
+
+def use_every_base(module: FusedExperts, _: Any, out_TD: Tensor) -> Tensor:
+    """Give bases that no token of this process chose a gradient of nought instead of none.
+
+    FSDP sums the gradients of a layer as one run of numbers, which must be alike everywhere.
+    """
+    bases: Any = module.bases
+    weights = [linear.weight[0, 0] for base in bases for linear in base.children()]
+    return out_TD + 0 * torch.stack(weights).sum()
+
+
+def whole_state(model: nn.Module) -> Mapping[str, Any]:
+    """Return a model's state, gathered on the first process if it is sharded.
+
+    All processes call this; the others of a sharded model get nothing.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model.state_dict()
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def _arguments(
@@ -241,6 +347,7 @@ def _arguments(
     device: str,
     mixed: bool,
     measures: bool,
+    starts: bool,
     saves: bool,
 ) -> TrainingArguments:
     arguments = TrainingArguments(
@@ -257,6 +364,8 @@ def _arguments(
         bf16=mixed,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        # An expert that no token of a process chose has no gradient there.
+        ddp_find_unused_parameters=True,
         use_cpu=device == "cpu",
         seed=seed,
         save_strategy="steps" if saves else "no",
@@ -264,7 +373,7 @@ def _arguments(
         save_total_limit=KEPT_CHECKPOINTS,
         eval_strategy="steps" if measures else "no",
         eval_steps=options.eval_steps,
-        eval_on_start=measures,
+        eval_on_start=measures and starts,
         prediction_loss_only=True,
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,
