@@ -17,12 +17,14 @@ FAMILIES = sorted(all_families())
 SPARSE = {
     "deepseek_v2": (1, 2),
     "deepseek_v3": (1, 2),
+    "ernie4_5_moe": (1, 2),
+    "glm4_moe": (1, 2),
     "mixtral": (0, 1, 2),
     "olmoe": (0, 1, 2),
     "qwen2_moe": (1, 2),
     "qwen3_moe": (0, 1, 2),
 }
-SHARED = {"deepseek_v2": 2, "deepseek_v3": 1, "qwen2_moe": 1}
+SHARED = {"deepseek_v2": 2, "deepseek_v3": 1, "ernie4_5_moe": 2, "glm4_moe": 1, "qwen2_moe": 1}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -126,7 +128,9 @@ def test_sparse_steps_are_those_of_transformers(
     assert layers == tuple(i for i, layer in enumerate(built) if hasattr(layer.mlp, "experts"))
 
 
-@pytest.mark.parametrize(("model_type", "leading"), [("deepseek_v2", 0), ("deepseek_v3", 3)])
+@pytest.mark.parametrize(
+    ("model_type", "leading"), [("deepseek_v2", 0), ("deepseek_v3", 3), ("glm4_moe", 1)]
+)
 def test_leading_dense_layers_default_as_in_transformers(model_type: str, leading: int) -> None:
     config = tiny_config(model_type, num_hidden_layers=5).to_dict()
     del config["first_k_dense_replace"]
@@ -135,8 +139,9 @@ def test_leading_dense_layers_default_as_in_transformers(model_type: str, leadin
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_experts_per_tok"])
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "top_k"])
 def test_missing_keys_are_named(model_type: str, key: str) -> None:
+    key = all_families()[model_type].top_k_key if key == "top_k" else key
     config = tiny_config(model_type).to_dict()
     del config[key]
 

@@ -193,6 +193,8 @@ class Family:
     """Configuration key that holds E in published checkpoints."""
     experts_count_aliases: tuple[str, ...] = ()
     """Other spellings of that key that Transformers writes or accepts."""
+    top_k_key: str = "num_experts_per_tok"
+    """Configuration key that holds K in published checkpoints."""
     intermediate_key: str = "moe_intermediate_size"
     has_experts: Callable[[Config, int], bool] = every_layer
     """Tells whether a layer has routed experts."""
@@ -206,6 +208,8 @@ class Family:
     """Child of a decoder layer, in Transformers, that holds router and experts."""
     experts_name: str = "experts"
     router_name: str = "gate"
+    router_weight: str = "weight"
+    """Parameter of the router, E x D, that makes logits."""
     shared_prefix: str = "shared_expert"
     """How the names of the shared experts' modules in the MoE module start."""
     attention_name: str = "self_attn"
@@ -228,10 +232,10 @@ class Family:
                 f"This {self.model_type} configuration has no layer with routed experts, so there "
                 "is nothing to fuse; moefuse works on Mixture-of-Experts models."
             )
-        top_k = require(config, "num_experts_per_tok")
+        top_k = require(config, self.top_k_key)
         if top_k > experts:
             raise UserError(
-                f"config.json chooses {top_k} experts per token ('num_experts_per_tok') of only "
+                f"config.json chooses {top_k} experts per token ({self.top_k_key!r}) of only "
                 f"{experts} ({self.experts_count_key!r})."
             )
         return MoeShape(
