@@ -92,6 +92,13 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "routed_scaling_factor": 2.5,
     },
+    "hunyuan_v1_moe": {
+        "num_experts": 8,
+        "moe_topk": 2,
+        "intermediate_size": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
     "qwen3_moe": {**_QWEN, "num_key_value_heads": 2, "head_dim": 8},
     "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
     "olmoe": {"num_experts": 8, "intermediate_size": 16},

@@ -499,7 +499,8 @@ def test_gates_of_all_experts_are_the_family_s_own_scores(model_type: str) -> No
     logits_TE = router_logits(layer, layer.call.x_TD)
     gates_TE = all_gates(layer, logits_TE)
 
-    assert_close(logits_TE, layer.call.x_TD @ layer.block.get_parameter("gate.weight").T)
+    rows_ED = layer.block.get_parameter(f"{layer.family.router_name}.{layer.family.router_weight}")
+    assert_close(logits_TE, layer.call.x_TD @ rows_ED.T)
     chosen_TK = gates_TE.gather(1, layer.call.index_TK)
     ratio_T = chosen_TK[:, 0] / chosen_TK[:, 1]
     assert_close(ratio_T, layer.call.weight_TK[:, 0] / layer.call.weight_TK[:, 1])

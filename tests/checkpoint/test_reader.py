@@ -278,6 +278,17 @@ def test_misshapen_expert(tiny_checkpoint: Tiny) -> None:
     _refused(directory, r"has the shape \[16, 31\], but its config.json means \[16, 32\]")
 
 
+def test_experts_with_biases(tiny_checkpoint: Tiny) -> None:
+    directory = tiny_checkpoint()
+    bias = EXPERT.removesuffix("weight") + "bias"
+    save_file({bias: torch.zeros(16)}, directory / "biases.safetensors")
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"][bias] = "biases.safetensors"
+    (directory / INDEX).write_text(json.dumps(index))
+
+    _refused(directory, "have biases .*up_proj.bias")
+
+
 def test_experts_of_several_dtypes(tiny_checkpoint: Tiny) -> None:
     directory = tiny_checkpoint()
     _replace(directory, EXPERT, torch.zeros(16, 32, dtype=torch.bfloat16))

@@ -114,7 +114,7 @@ def _is_shared(layer: Layer, name: str, child: nn.Module) -> bool:
 def _config_with(layer: Layer, experts: int) -> object:
     config = copy.deepcopy(layer.config)
     setattr(config, layer.family.experts_count_key, experts)
-    config.num_experts_per_tok = min(config.num_experts_per_tok, experts)
+    config.num_experts_per_tok = min(layer.call.index_TK.shape[1], experts)
     if experts < len(layer.experts.gate_up_EFD) and getattr(config, "n_group", None):
         # Routers that choose among equal groups first: pruned, the groups have lost their borders.
         config.n_group = config.topk_group = 1

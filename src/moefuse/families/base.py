@@ -97,6 +97,22 @@ def optional(config: Config, key: str, default: int) -> int:
     return value
 
 
+def same_in_every_layer(config: Config, key: str) -> Config:
+    """Return ``config`` with one number under ``key`` where there is a list of equal ones.
+
+    Raises ``UserError`` when the list's values differ: experts differ in nothing but weights.
+    """
+    values = config.get(key)
+    if not isinstance(values, list) or not values:
+        return config
+    if any(value != values[0] for value in values):
+        raise UserError(
+            f"config.json has different values for different layers under {key!r}; moefuse fuses "
+            "only models whose layers with experts are all alike."
+        )
+    return {**config, key: values[0]}
+
+
 def every_layer(config: Config, layer: int) -> bool:  # noqa: ARG001
     """Tell that every decoder layer has routed experts."""
     return True
@@ -232,7 +248,7 @@ class Family:
                 f"This {self.model_type} configuration has no layer with routed experts, so there "
                 "is nothing to fuse; moefuse works on Mixture-of-Experts models."
             )
-        top_k = require(config, self.top_k_key)
+        top_k = require(same_in_every_layer(config, self.top_k_key), self.top_k_key)
         if top_k > experts:
             raise UserError(
                 f"config.json chooses {top_k} experts per token ({self.top_k_key!r}) of only "
