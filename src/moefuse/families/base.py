@@ -236,6 +236,9 @@ class Family:
     rename: tuple[tuple[str, str], ...] = ()
     """Pairs (regular expression on a checkpoint's name, replacement) that give module names."""
 
+    unused: tuple[str, ...] = ()
+    """How the names of published tensors start that Transformers does not load."""
+
     def shape(self, config: Config) -> MoeShape:
         """Read the sizes of the routed experts from a ``config.json``.
 

@@ -1,7 +1,7 @@
 """ERNIE 4.5 text models with experts.
 
 The correction bias, which only chooses experts, lies beside the router in published checkpoints and
-in it in Transformers.
+in it in Transformers. The multi-token prediction module, ``model.mtp_*``, is not loaded there.
 """
 
 from moefuse.errors import UserError
@@ -32,5 +32,6 @@ FAMILY = Family(
     top_k_key="moe_k",
     has_experts=in_stated_interval,
     shared_experts=lambda config: optional(config, "moe_num_shared_experts", 2),
+    unused=("model.mtp_",),
     rename=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
 )
