@@ -58,6 +58,13 @@ _DEEPSEEK = {
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
 }
+_GLM = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+}
 _QWEN = {"num_experts": 8, "moe_intermediate_size": 16, "intermediate_size": 48}
 _BY_FAMILY: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy"},
@@ -67,6 +74,30 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         "q_lora_rank": 16,
         "n_group": 2,
         "topk_group": 1,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    "glm4_moe": {
+        **_GLM,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "hunyuan_v1_moe": {
+        "num_experts": 8,
+        "moe_topk": 2,
+        "intermediate_size": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
     },
     "qwen3_moe": {**_QWEN, "num_key_value_heads": 2, "head_dim": 8},
     "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
@@ -90,7 +121,7 @@ def tiny_model(model_type: str = "deepseek_v2", seed: int = 0, **changes: Any) -
                 torch.nn.init.normal_(weight, std=STD)
             elif name.endswith("bias"):
                 torch.nn.init.normal_(weight, std=STD / 10)
-        for name, buffer in model.named_buffers():
+        for name, buffer in (*model.named_buffers(), *model.named_parameters()):
             if name.endswith("e_score_correction_bias"):
                 torch.nn.init.normal_(buffer, std=STD / 10)
     return model.eval()

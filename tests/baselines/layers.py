@@ -14,6 +14,8 @@ from moefuse.mathematics.statistics import LayerStatistics
 
 FAMILIES = sorted(all_families())
 E, K, D = 8, 2, 32
+NEED_TWO = {"deepseek_v3", "glm4_moe"}
+"""Families whose router adds the best two scores of a group, so it cannot choose from one."""
 EXPERT = 3 * D * 16
 """Numbers of one expert of the tiny models."""
 
@@ -53,6 +55,11 @@ def teacher_call(block: nn.Module, model_type: str, x_TD: Tensor | None = None) 
 @cache
 def native_block(model_type: str) -> nn.Module:
     return tiny_model(model_type).get_submodule(all_families()[model_type].moe_path(2))
+
+
+def rows_of(tensor: Tensor, kept: list[int]) -> Tensor:
+    """Return what a router's parameter or buffer holds of the experts ``kept``."""
+    return tensor[..., kept] if tensor.shape[0] == 1 else tensor[kept]
 
 
 def compressed(model_type: str, name: str, experts: int) -> nn.Module:

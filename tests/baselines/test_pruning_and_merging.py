@@ -9,6 +9,7 @@ import torch
 from layers import (
     EXPERT,
     FAMILIES,
+    NEED_TWO,
     D,
     E,
     K,
@@ -17,6 +18,7 @@ from layers import (
     layer_of,
     native_block,
     output,
+    rows_of,
     teacher_call,
     with_scores,
 )
@@ -48,7 +50,7 @@ def native_of(student: nn.Module, model_type: str) -> nn.Module:
 
 def kept_by(student: nn.Module, layer: Layer) -> list[int]:
     """Which of the layer's experts a pruned student has, found by their rows of the router."""
-    name = f"{layer.family.router_name}.weight"
+    name = f"{layer.family.router_name}.{layer.family.router_weight}"
     rows = student.get_parameter(f"routed.{name}")
     kept = [
         int((layer.block.get_parameter(name) == row).all(1).nonzero(as_tuple=True)[0])
@@ -78,7 +80,8 @@ def block_of_copies(model_type: str, original_of: list[int], *, signs: bool) -> 
     """
     block = copy.deepcopy(native_block(model_type))
     layer = layer_of(native_block(model_type), model_type)
-    rows_ED = block.get_parameter(f"{layer.family.router_name}.weight").data
+    family = layer.family
+    rows_ED = block.get_parameter(f"{family.router_name}.{family.router_weight}").data
     chance = torch.Generator().manual_seed(1)
     for expert, original in enumerate(original_of):
         if expert != original:
@@ -95,15 +98,16 @@ def block_with_an_expert_never_chosen(model_type: str, expert: int) -> tuple[nn.
     block = copy.deepcopy(native_block(model_type))
     x_TD = inputs()
     x_TD[:, 0] = 5.0
-    rows_ED = block.get_parameter(f"{all_families()[model_type].router_name}.weight").data
+    family = all_families()[model_type]
+    rows_ED = block.get_parameter(f"{family.router_name}.{family.router_weight}").data
     rows_ED[:, 0] = rows_ED[expert] = 0.0
     rows_ED[expert, 0] = -10.0
     return block, x_TD
 
 
 def runs_among(model_type: str, name: str, experts: int) -> bool:
-    """DeepSeek-V3's native router sums the best two scores of a group, so it needs two experts."""
-    return not (model_type == "deepseek_v3" and name in PRUNING and experts == 1)
+    """Some native routers add the best two scores of a group, so they need two experts."""
+    return not (model_type in NEED_TWO and name in PRUNING and experts == 1)
 
 
 # What holds for all of them.
@@ -226,7 +230,7 @@ def test_frequency_keeps_the_most_chosen(model_type: str, experts: int) -> None:
     router = layer.block.get_submodule(layer.family.router_name)
     own = student.get_submodule(f"routed.{layer.family.router_name}")
     for name, tensor in router.state_dict().items():
-        assert torch.equal(own.state_dict()[name], tensor[kept])
+        assert torch.equal(own.state_dict()[name], rows_of(tensor, kept))
 
 
 def test_frequency_counts_what_the_tokens_chose() -> None:
@@ -495,7 +499,8 @@ def test_gates_of_all_experts_are_the_family_s_own_scores(model_type: str) -> No
     logits_TE = router_logits(layer, layer.call.x_TD)
     gates_TE = all_gates(layer, logits_TE)
 
-    assert_close(logits_TE, layer.call.x_TD @ layer.block.get_parameter("gate.weight").T)
+    rows_ED = layer.block.get_parameter(f"{layer.family.router_name}.{layer.family.router_weight}")
+    assert_close(logits_TE, layer.call.x_TD @ rows_ED.T)
     chosen_TK = gates_TE.gather(1, layer.call.index_TK)
     ratio_T = chosen_TK[:, 0] / chosen_TK[:, 1]
     assert_close(ratio_T, layer.call.weight_TK[:, 0] / layer.call.weight_TK[:, 1])

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moefuse.checkpoint import reader as reader_module
 from moefuse.checkpoint.headers import INDEX
+from moefuse.checkpoint.inspection import UNUSED, inspect_checkpoint
 from moefuse.checkpoint.reader import CheckpointReader, is_finite
 from moefuse.errors import UserError
 
@@ -276,6 +277,32 @@ def test_misshapen_expert(tiny_checkpoint: Tiny) -> None:
     _replace(directory, EXPERT, torch.zeros(16, 31))
 
     _refused(directory, r"has the shape \[16, 31\], but its config.json means \[16, 32\]")
+
+
+def _add(directory: Path, name: str) -> None:
+    save_file({name: torch.zeros(16)}, directory / "added.safetensors")
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"][name] = "added.safetensors"
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def test_what_transformers_does_not_load_is_left_out(tiny_checkpoint: Tiny) -> None:
+    directory = tiny_checkpoint("ernie4_5_moe")
+    before = CheckpointReader.open(directory).outside_names()
+    parts = {part.name: part for part in inspect_checkpoint(directory).parts}
+    _add(directory, "model.mtp_emb_norm.0.weight")
+
+    assert CheckpointReader.open(directory).outside_names() == before
+    found = {part.name: part for part in inspect_checkpoint(directory).parts}
+    assert found.pop(UNUSED).parameters == 16
+    assert found == parts
+
+
+def test_experts_with_biases(tiny_checkpoint: Tiny) -> None:
+    directory = tiny_checkpoint()
+    _add(directory, EXPERT.removesuffix("weight") + "bias")
+
+    _refused(directory, "have biases .*up_proj.bias")
 
 
 def test_experts_of_several_dtypes(tiny_checkpoint: Tiny) -> None:

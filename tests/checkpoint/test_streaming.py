@@ -134,6 +134,25 @@ def test_what_transformers_keeps_in_fp32_stays_so(dtype: torch.dtype, tmp_path: 
     assert not torch.equal(found, found.to(dtype).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_router_that_is_kept_in_fp32_is_that_of_transformers(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """ERNIE names what is kept by the end of a path, ``gate.weight``, and not by one module."""
+    save_tiny(tmp_path / "teacher", "ernie4_5_moe")
+    gate = whole(tmp_path / "teacher", dtype).get_submodule("model.layers.1.mlp.gate")
+
+    with streamed(tmp_path / "teacher", dtype).loaded(1) as module:
+        found = module.get_submodule("mlp.gate").state_dict()
+
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        "weight": torch.float32,
+        "moe_statics.e_score_correction_bias": torch.float32,
+    }
+    for name, tensor in gate.state_dict().items():
+        assert torch.equal(found[name], tensor)
+
+
 # Families whose layers do not all receive the same arguments, or whose attention is local.
 LOCAL: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},

@@ -1,5 +1,6 @@
 """The contract of a family, checked against the module that Transformers builds."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,34 @@ from tiny import save_tiny, tiny_config
 
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.errors import UserError
-from moefuse.families import MoeShape, all_families, collect, family_of
+from moefuse.families import (
+    MoeShape,
+    all_families,
+    collect,
+    family_of,
+    unsupported_families,
+)
 
 FAMILIES = sorted(all_families())
 SPARSE = {
     "deepseek_v2": (1, 2),
     "deepseek_v3": (1, 2),
+    "ernie4_5_moe": (1, 2),
+    "glm4_moe": (1, 2),
+    "hunyuan_v1_moe": (0, 1, 2),
     "mixtral": (0, 1, 2),
     "olmoe": (0, 1, 2),
     "qwen2_moe": (1, 2),
     "qwen3_moe": (0, 1, 2),
 }
-SHARED = {"deepseek_v2": 2, "deepseek_v3": 1, "qwen2_moe": 1}
+SHARED = {
+    "deepseek_v2": 2,
+    "deepseek_v3": 1,
+    "ernie4_5_moe": 2,
+    "glm4_moe": 1,
+    "hunyuan_v1_moe": 1,
+    "qwen2_moe": 1,
+}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -126,7 +143,10 @@ def test_sparse_steps_are_those_of_transformers(
     assert layers == tuple(i for i, layer in enumerate(built) if hasattr(layer.mlp, "experts"))
 
 
-@pytest.mark.parametrize(("model_type", "leading"), [("deepseek_v2", 0), ("deepseek_v3", 3)])
+@pytest.mark.parametrize(
+    ("model_type", "leading"),
+    [("deepseek_v2", 0), ("deepseek_v3", 3), ("glm4_moe", 1)],
+)
 def test_leading_dense_layers_default_as_in_transformers(model_type: str, leading: int) -> None:
     config = tiny_config(model_type, num_hidden_layers=5).to_dict()
     del config["first_k_dense_replace"]
@@ -135,8 +155,9 @@ def test_leading_dense_layers_default_as_in_transformers(model_type: str, leadin
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_experts_per_tok"])
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "top_k"])
 def test_missing_keys_are_named(model_type: str, key: str) -> None:
+    key = all_families()[model_type].top_k_key if key == "top_k" else key
     config = tiny_config(model_type).to_dict()
     del config[key]
 
@@ -228,6 +249,36 @@ def test_callers_cannot_change_the_list() -> None:
     all_families().clear()
 
     assert sorted(all_families()) == FAMILIES
+
+
+def test_sizes_may_be_given_layer_by_layer_where_they_are_alike() -> None:
+    config = tiny_config("hunyuan_v1_moe").to_dict()
+    family = family_of(config)
+
+    assert family.shape({**config, "moe_topk": [2, 2, 2]}).top_k == 2
+    with pytest.raises(UserError, match="different values for different layers under 'moe_topk'"):
+        family.shape({**config, "moe_topk": [2, 1, 2]})
+
+
+@pytest.mark.parametrize("model_type", sorted(unsupported_families()))
+def test_a_family_that_cannot_be_fused_is_told_with_the_reason(model_type: str) -> None:
+    reason = unsupported_families()[model_type]
+
+    with pytest.raises(UserError, match=f"'{model_type}' is not supported: {re.escape(reason)}; "):
+        family_of({"model_type": model_type, "num_local_experts": 8})
+
+
+def test_the_page_lists_what_the_code_knows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    supported, unsupported = page.split("## Not supported")
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", unsupported, flags=re.MULTILINE)
+
+    assert re.findall(r"^\| `(\w+)` \|", supported, flags=re.MULTILINE) == FAMILIES
+    assert rows == sorted(unsupported_families().items())
+
+
+def test_no_family_is_both() -> None:
+    assert not all_families().keys() & unsupported_families().keys()
 
 
 def test_every_family_can_be_made_tiny(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -93,12 +93,22 @@ def kept_experts(layer: Layer, kept: Tensor) -> KeptExperts:
     state = {}
     for name, tensor in layer.block.state_dict().items():
         is_expert = name.startswith((router, f"{family.experts_name}."))
-        state[name] = tensor[kept] if is_expert and tensor.shape[:1] == (experts,) else tensor
+        state[name] = of_experts(tensor, kept, experts) if is_expert else tensor
     block.load_state_dict(state, assign=True)
     block.requires_grad_(False)
     block.get_submodule(family.experts_name).requires_grad_(True)
     shared = [name for name, child in block.named_children() if _is_shared(layer, name, child)]
     return KeptExperts(block, shared, family.experts_name)
+
+
+def of_experts(tensor: Tensor, kept: Tensor, experts: int) -> Tensor:
+    """Return the entries of the experts ``kept`` (k,), which lie along the first axis of E entries.
+
+    A tensor without such an axis belongs to no expert and is returned as it is.
+    """
+    if experts not in tensor.shape:
+        return tensor
+    return tensor.index_select(tensor.shape.index(experts), kept)
 
 
 def _is_shared(layer: Layer, name: str, child: nn.Module) -> bool:
@@ -108,7 +118,7 @@ def _is_shared(layer: Layer, name: str, child: nn.Module) -> bool:
 def _config_with(layer: Layer, experts: int) -> object:
     config = copy.deepcopy(layer.config)
     setattr(config, layer.family.experts_count_key, experts)
-    config.num_experts_per_tok = min(config.num_experts_per_tok, experts)
+    config.num_experts_per_tok = min(layer.call.index_TK.shape[1], experts)
     if experts < len(layer.experts.gate_up_EFD) and getattr(config, "n_group", None):
         # Routers that choose among equal groups first: pruned, the groups have lost their borders.
         config.n_group = config.topk_group = 1

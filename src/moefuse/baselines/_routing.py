@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer, TooSmallError
-from moefuse.baselines._native import _config_with
+from moefuse.baselines._native import _config_with, of_experts
 from moefuse.mathematics.experts import ExpertsCall
 
 
@@ -87,8 +87,12 @@ def _router_of_logits(layer: Layer, config: Any, kept: Tensor) -> nn.Module:
     differ, to the native code, and spares each trial the product with the weight.
     """
     native = layer.block.get_submodule(layer.family.router_name)
-    state = {name: tensor.float()[kept] for name, tensor in native.state_dict().items()}
-    state["weight"] = torch.eye(len(kept), device=kept.device)
+    experts = len(layer.experts.gate_up_EFD)
+    state = {
+        name: of_experts(tensor.float(), kept, experts)
+        for name, tensor in native.state_dict().items()
+    }
+    state[layer.family.router_weight] = torch.eye(len(kept), device=kept.device)
     router = type(native)(config)
     router.load_state_dict(state, assign=True)
     return router

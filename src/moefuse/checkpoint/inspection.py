@@ -179,10 +179,10 @@ def _parameters(tensor: TensorInfo) -> int:
 
 def _part_of(name: str, family: Family, layers: int, sparse: frozenset[int]) -> str:
     layer = family.layer_of(name)
+    if name.startswith(family.unused) or (layer is not None and layer >= layers):
+        return UNUSED
     if layer is None:
         return EMBEDDINGS if "embed" in name or "lm_head" in name else OTHER
-    if layer >= layers:
-        return UNUSED
     inside = family.module_name(name).removeprefix(family.layer_prefix(layer))
     if inside.startswith(family.attention_name + "."):
         return ATTENTION

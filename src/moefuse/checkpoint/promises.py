@@ -10,8 +10,18 @@ PLAIN_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 def check_experts(headers: CheckpointHeaders, family: Family, shape: MoeShape) -> None:
-    """Raise ``UserError`` unless every routed expert is there, in one dtype and the right shape."""
+    """Raise ``UserError`` unless every routed expert is there, in one dtype and the right shape.
+
+    Experts with biases, which a fused expert does not have, are refused too.
+    """
     up, down = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+    routed = tuple(family.experts_prefix(layer) for layer in shape.layers)
+    biased = [n for n in headers.tensors if n.endswith("bias") and n.startswith(routed)]
+    if biased:
+        raise UserError(
+            f"The routed experts in {headers.source} have biases ({biased[0]!r}), which fused "
+            "experts do not have; moefuse fuses only experts of three plain matrices."
+        )
     for layer in shape.layers:
         dtypes: set[str] = set()
         for expert in range(shape.experts):

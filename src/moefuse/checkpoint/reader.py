@@ -134,8 +134,12 @@ class CheckpointReader:
         return gate_up, down
 
     def outside_names(self) -> list[str]:
-        """Return the tensors under no decoder layer: embeddings, final norm, head."""
-        return [name for name in self.tensors if self.family.layer_of(name) is None]
+        """Return the tensors under no decoder layer: embeddings, final norm, head.
+
+        What Transformers does not load is none of them.
+        """
+        outside = [name for name in self.tensors if self.family.layer_of(name) is None]
+        return [name for name in outside if not name.startswith(self.family.unused)]
 
     def check_finite(self) -> None:
         """Read every tensor once; raises ``UserError`` naming the first with NaN or infinity."""

@@ -9,6 +9,7 @@ The bigger alternative, accelerate's offloading hooks, moves weights per forward
 would read the whole model again.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,7 +71,7 @@ def _keep_in_fp32(model: nn.Module) -> None:
     if model.dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if names.intersection(path.split(".")):
+        if any(re.search(name, path) for name in names):  # as Transformers matches them
             tensor.data = tensor.data.float()
 
 

@@ -11,9 +11,10 @@ from functools import cache
 from typing import Any
 
 from moefuse.errors import UserError
+from moefuse.families._unsupported import REASONS
 from moefuse.families.base import ExpertNames, Family, MoeShape
 
-__all__ = ["ExpertNames", "Family", "MoeShape", "all_families", "family_of"]
+__all__ = ["ExpertNames", "Family", "MoeShape", "all_families", "family_of", "unsupported_families"]
 
 # What Mixture-of-Experts configurations, known or not, call their number of routed experts.
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -27,10 +28,16 @@ def all_families() -> dict[str, Family]:
     return dict(_discovered())
 
 
+def unsupported_families() -> dict[str, str]:
+    """Return why a family with experts cannot be fused, by its ``model_type``."""
+    return dict(REASONS)
+
+
 @cache
 def _discovered() -> dict[str, Family]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    modules = (importlib.import_module(f"{__name__}.{name}") for name in names if name != "base")
+    files = (name for name in names if name != "base" and not name.startswith("_"))
+    modules = (importlib.import_module(f"{__name__}.{name}") for name in files)
     return collect(module.FAMILY for module in modules)
 
 
@@ -47,7 +54,8 @@ def collect(families: Iterable[Family]) -> dict[str, Family]:
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family that a ``config.json`` belongs to.
 
-    Raises ``UserError`` for an already fused checkpoint, a dense model and an unknown family.
+    Raises ``UserError`` for an already fused checkpoint, a dense model, a family that cannot
+    be fused and an unknown one.
     """
     if "moefuse" in config:
         raise UserError(
@@ -60,6 +68,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise UserError("config.json lacks the key 'model_type', which names the model's family.")
     if model_type in known:
         return known[model_type]
+    if model_type in REASONS:
+        raise UserError(
+            f"The model family {model_type!r} is not supported: {REASONS[model_type]}; moefuse "
+            f"knows {', '.join(known)}."
+        )
     if not any(config.get(key) for key in _EXPERT_COUNTS):
         raise UserError(
             f"{model_type!r} is a dense model: it has no routed experts, so there is nothing to "

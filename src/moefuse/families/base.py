@@ -97,6 +97,22 @@ def optional(config: Config, key: str, default: int) -> int:
     return value
 
 
+def same_in_every_layer(config: Config, key: str) -> Config:
+    """Return ``config`` with one number under ``key`` where there is a list of equal ones.
+
+    Raises ``UserError`` when the list's values differ: experts differ in nothing but weights.
+    """
+    values = config.get(key)
+    if not isinstance(values, list) or not values:
+        return config
+    if any(value != values[0] for value in values):
+        raise UserError(
+            f"config.json has different values for different layers under {key!r}; moefuse fuses "
+            "only models whose layers with experts are all alike."
+        )
+    return {**config, key: values[0]}
+
+
 def every_layer(config: Config, layer: int) -> bool:  # noqa: ARG001
     """Tell that every decoder layer has routed experts."""
     return True
@@ -193,6 +209,8 @@ class Family:
     """Configuration key that holds E in published checkpoints."""
     experts_count_aliases: tuple[str, ...] = ()
     """Other spellings of that key that Transformers writes or accepts."""
+    top_k_key: str = "num_experts_per_tok"
+    """Configuration key that holds K in published checkpoints."""
     intermediate_key: str = "moe_intermediate_size"
     has_experts: Callable[[Config, int], bool] = every_layer
     """Tells whether a layer has routed experts."""
@@ -206,6 +224,8 @@ class Family:
     """Child of a decoder layer, in Transformers, that holds router and experts."""
     experts_name: str = "experts"
     router_name: str = "gate"
+    router_weight: str = "weight"
+    """Parameter of the router, E x D, that makes logits."""
     shared_prefix: str = "shared_expert"
     """How the names of the shared experts' modules in the MoE module start."""
     attention_name: str = "self_attn"
@@ -215,6 +235,9 @@ class Family:
     """What published checkpoints call an expert's gate, up and down projections."""
     rename: tuple[tuple[str, str], ...] = ()
     """Pairs (regular expression on a checkpoint's name, replacement) that give module names."""
+
+    unused: tuple[str, ...] = ()
+    """How the names of published tensors start that Transformers does not load."""
 
     def shape(self, config: Config) -> MoeShape:
         """Read the sizes of the routed experts from a ``config.json``.
@@ -228,10 +251,10 @@ class Family:
                 f"This {self.model_type} configuration has no layer with routed experts, so there "
                 "is nothing to fuse; moefuse works on Mixture-of-Experts models."
             )
-        top_k = require(config, "num_experts_per_tok")
+        top_k = require(same_in_every_layer(config, self.top_k_key), self.top_k_key)
         if top_k > experts:
             raise UserError(
-                f"config.json chooses {top_k} experts per token ('num_experts_per_tok') of only "
+                f"config.json chooses {top_k} experts per token ({self.top_k_key!r}) of only "
                 f"{experts} ({self.experts_count_key!r})."
             )
         return MoeShape(
