@@ -57,7 +57,7 @@ def test_every_stage_is_told(shown: DemoResult) -> None:
     kl = {row.stage: row.kl for row in shown.rows if row.method == "fused"}
     assert kl["healed"] < kl["distilled"]
     distilled, healed = shown.rows[2], shown.rows[5]
-    assert healed.healed_tokens == 6_000
+    assert healed.healed_tokens == pytest.approx(6_000, rel=0.1)
     assert (healed.expert_bytes, healed.total_bytes) == (
         distilled.expert_bytes,
         distilled.total_bytes,
