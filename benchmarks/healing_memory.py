@@ -28,7 +28,7 @@ from moefuse.artifacts import write_atomically, write_json, write_text
 from moefuse.config import HealConfig
 from moefuse.console import track
 from moefuse.evaluation.machine import machine_meta
-from moefuse.healing.losses import LiveTargets, chunked_losses
+from moefuse.healing.losses import LiveTargets, chunked_loss
 from moefuse.mathematics.divergence import forward_kl
 
 VOCABULARY, HIDDEN = 102_400, 2048
@@ -66,7 +66,7 @@ def _loss(way: str, teacher_TD: Tensor, student_TD: Tensor, head: nn.Linear) -> 
         return forward_kl(teacher_TV, head(student_TD)).mean()
     next_T = torch.zeros(len(student_TD), dtype=torch.int64)
     targets = LiveTargets(teacher_TD, head)
-    return chunked_losses(student_TD, head, targets, next_T, HealConfig()).mean()
+    return chunked_loss(student_TD, head, targets, next_T, HealConfig()) / len(student_TD)
 
 
 def measure_elsewhere(way: str, tokens: int) -> dict[str, Any]:

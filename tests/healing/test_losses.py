@@ -175,7 +175,7 @@ def test_the_head_is_itself_again_afterwards() -> None:
     before = model(ids_BS).logits
     with (
         pytest.raises(ZeroDivisionError),
-        losses_in_place_of_logits(head, lambda hidden_BSD, _: hidden_BSD.sum(-1)),
+        losses_in_place_of_logits(head, lambda hidden_BSD: hidden_BSD.sum(-1)),
     ):
         assert model(ids_BS).logits.shape == (1, 6, 1)
         raise ZeroDivisionError

@@ -2,9 +2,8 @@
 
 With a vocabulary of 100,000 the logits of one batch in fp32 dwarf the model. So the student's head
 is never applied to the whole batch: its hidden states are cut into chunks of tokens, each chunk's
-logits are made, compared with the teacher's and dropped, and made again on the way back
-(checkpointing, Chen et al., 2016). Only one chunk's logits exist at a time, forward and backward.
-Tokens whose prediction does not count are left out before the head.
+logits are made, compared with the teacher's, turned into gradients and dropped. Only one chunk's
+logits exist at a time. Tokens whose prediction does not count are left out before the head.
 
 The loss is computed inside the student's own forward, in the place of its head. There the head's
 weights are whole, however they are sharded between steps, and the loss is what the model returns,
@@ -13,14 +12,13 @@ which is what data parallel wrappers listen to.
 Shape suffixes: B sequences, S positions, T tokens that count, D hidden width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moefuse.config import HealConfig
 from moefuse.mathematics.divergence import cross_entropy, forward_kl, reverse_kl
@@ -79,52 +77,105 @@ class NoTargets:
         return torch.zeros(len(student_TV), device=student_TV.device)
 
 
-def chunked_losses(
-    hidden_TD: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets: Targets,
-    next_T: Tensor,
-    options: HealConfig,
+def chunked_loss(
+    hidden_TD: Tensor, head: nn.Linear, targets: Targets, next_T: Tensor, options: HealConfig
 ) -> Tensor:
-    """Return every token's loss, (T,) fp32, the logits of one chunk in memory at a time.
+    """Return the sum of all tokens' losses, a scalar, fp32, the logits of one chunk at a time.
 
     ``hidden_TD`` are the student's last hidden states at the tokens that count, ``head`` makes
     logits of them, ``next_T`` (int64) are the tokens that follow.
     """
 
-    def losses(part_TD: Tensor, start: int) -> Tensor:
-        chunk = slice(start, start + len(part_TD))
-        student_TV = head(part_TD)
+    def losses(chunk: slice, student_TV: Tensor) -> Tensor:
         loss_T = targets.losses(chunk, student_TV, options)
         if options.cross_entropy:
             loss_T = loss_T + options.cross_entropy * cross_entropy(student_TV, next_T[chunk])
-        return loss_T
+        return loss_T.sum()
 
-    parts, start = [], 0
-    size = max(1, CHUNK_NUMBERS // vocabulary_of(head))
-    for part_TD in hidden_TD.split(size):
-        parts.append(
-            checkpoint(losses, part_TD, start, use_reentrant=False, preserve_rng_state=False)
-        )
-        start += len(part_TD)
-    return torch.cat(parts)
+    return _ChunkedLoss.apply(hidden_TD, head.weight, head.bias, losses)  # type: ignore[return-value]
 
 
-def vocabulary_of(head: object) -> int:
-    """Return how many logits a head makes of one token."""
-    owner = getattr(head, "__self__", head)
-    return int(owner.out_features)  # type: ignore[attr-defined]
+class _ChunkedLoss(torch.autograd.Function):
+    """The sum of ``losses(chunk, logits)`` over chunks, and its gradients, in one go.
+
+    A chunk's gradients are added up as soon as its logits are there: the logits are made once, and
+    the head's gradient is one matrix, where differentiating a chunk would make another each time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        losses: Callable[[slice, Tensor], Tensor],
+    ) -> Tensor:
+        learns = ctx.needs_input_grad
+        found = _Gradients(hidden_TD, weight_VD, bias_V, learns)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        size = max(1, CHUNK_NUMBERS // len(weight_VD))
+        for start in range(0, len(hidden_TD), size):
+            chunk = slice(start, min(start + size, len(hidden_TD)))
+            logits_TV = nn.functional.linear(hidden_TD[chunk], weight_VD, bias_V)
+            if not any(learns[:3]):
+                total += losses(chunk, logits_TV)
+                continue
+            with torch.enable_grad():
+                logits_TV.requires_grad_()
+                loss = losses(chunk, logits_TV)
+            total += loss.detach()
+            if loss.requires_grad:
+                found.add(chunk, *torch.autograd.grad(loss, logits_TV))
+        ctx.found = [found.hidden_TD, found.weight_VD, found.bias_V]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, and once: a second matrix as large as the head would be as much again.
+        found, ctx.found = ctx.found, None
+        for part in found:
+            if part is not None:
+                part.mul_(upstream[0].to(part.dtype))
+        return (*found, None)
+
+
+class _Gradients:
+    """The gradients of hidden states, head and its bias, each where it is asked for, fp32."""
+
+    def __init__(
+        self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, learns: Sequence[bool]
+    ) -> None:
+        def zeros(of: Tensor | None, is_wanted: bool) -> Tensor | None:
+            return torch.zeros_like(of) if is_wanted and of is not None else None
+
+        self.given = hidden_TD, weight_VD
+        self.hidden_TD = zeros(hidden_TD, learns[0])
+        self.weight_VD = zeros(weight_VD, learns[1])
+        self.bias_V = zeros(bias_V, learns[2])
+
+    def add(self, chunk: slice, gradient_TV: Tensor) -> None:
+        """Add what a chunk's logits ask for."""
+        hidden_TD, weight_VD = self.given
+        if self.hidden_TD is not None:
+            product_TD = gradient_TV.to(weight_VD.dtype) @ weight_VD
+            self.hidden_TD[chunk] = product_TD.to(hidden_TD.dtype)
+        if self.weight_VD is not None:
+            with torch.autocast(gradient_TV.device.type, enabled=False):
+                part_TD = hidden_TD[chunk].to(weight_VD.dtype)
+                self.weight_VD.addmm_(gradient_TV.to(weight_VD.dtype).T, part_TD)
+        if self.bias_V is not None:
+            self.bias_V += gradient_TV.sum(0).to(self.bias_V.dtype)
 
 
 @contextmanager
 def losses_in_place_of_logits(
-    head: nn.Module, compute: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+    head: nn.Module, compute: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Make ``head`` return ``compute(hidden_BSD, its own forward)``, as (B, S, 1), not logits."""
-    forward, own = head.forward, head.__dict__.get("forward")
+    """Make ``head`` return ``compute(hidden_BSD)``, with a last axis of one, not logits."""
+    own = head.__dict__.get("forward")
 
     def replaced(hidden_BSD: Tensor) -> Tensor:
-        return compute(hidden_BSD, forward).unsqueeze(-1)
+        return compute(hidden_BSD).unsqueeze(-1)
 
     head.forward = replaced
     try:

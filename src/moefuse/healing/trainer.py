@@ -9,7 +9,7 @@ Shape suffixes: B rows, S tokens in a row, T tokens that count, D hidden width.
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from moefuse.config import HealConfig, parse_count
 from moefuse.console import Meter
 from moefuse.errors import UserError
 from moefuse.families import Family
-from moefuse.healing.losses import chunked_losses, losses_in_place_of_logits
+from moefuse.healing.losses import chunked_loss, losses_in_place_of_logits
 from moefuse.healing.parts import freeze, parameter_groups
 from moefuse.healing.sources import NoTeacher, TeacherSource, packed_inputs
 from moefuse.healing.text import PackedRows, PackedText
@@ -88,14 +88,14 @@ class HealingTrainer(Trainer):
         told = source.tell(inputs, counted_BS, hidden=bool(options.hidden))
         next_T = inputs["shift_labels"][counted_BS]
 
-        def losses(hidden_BSD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-            hidden_TD = hidden_BSD[counted_BS]
-            losses_T = chunked_losses(hidden_TD, head, told.targets, next_T, options)
-            zeros_BS = torch.zeros(counted_BS.shape, device=counted_BS.device)
-            return zeros_BS.masked_scatter(counted_BS, losses_T)
-
         student: Any = self.accelerator.unwrap_model(model)
-        with losses_in_place_of_logits(student.get_output_embeddings(), losses):
+        head = student.get_output_embeddings()
+
+        def loss_of(hidden_BSD: Tensor) -> Tensor:
+            hidden_TD = hidden_BSD[counted_BS]
+            return chunked_loss(hidden_TD, head, told.targets, next_T, options).view(1, 1)
+
+        with losses_in_place_of_logits(head, loss_of):
             outputs = model(**packed_inputs(inputs), output_hidden_states=bool(told.hidden))
         total = outputs.logits.sum()
         if told.hidden:
