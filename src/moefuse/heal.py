@@ -29,7 +29,7 @@ from moefuse.devices import STORED, choose_device, suited_threads
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import checkpoint_directory, load_model, load_tokenizer
 from moefuse.evaluation.streamed import HeldOut
-from moefuse.export.record import RECORD
+from moefuse.export.record import PLOT, RECORD
 from moefuse.families import Family, all_families
 from moefuse.heal_card import (
     HEALED,
@@ -463,8 +463,10 @@ def write_healed(
     """
     partial = artifacts.partial_directory(out)
     shards = {info.shard for info in headers.tensors.values()}
+    # The student's card says that it is not healed.
+    replaced = {*shards, "README.md", PLOT, RECORD}
     for path in sorted(student.iterdir()):
-        if path.is_file() and path.name not in shards and path.suffix not in PICKLE_SUFFIXES:
+        if path.is_file() and path.name not in replaced and path.suffix not in PICKLE_SUFFIXES:
             shutil.copyfile(path, partial / path.name)
     for shard in sorted(shards):
         names = [name for name, info in headers.tensors.items() if info.shard == shard]
