@@ -29,19 +29,19 @@ from transformers import PreTrainedModel
 
 from moefuse import corpus, demo
 from moefuse.arena.bench import alone
+from moefuse.arena.lowbit import round_to
 from moefuse.arena.students import run_stages
 from moefuse.artifacts import read_json, write_atomically, write_json, write_text
 from moefuse.comparison import (
     DISTILLED,
     FUSED,
     Contender,
-    HeldOut,
     contender_row,
     fused,
     measure_models,
     model_with,
+    read_held_out_for,
     rivals,
-    rounded,
     teacher_row,
 )
 from moefuse.config import HealConfig, build, parse_count
@@ -129,8 +129,8 @@ class Bench:
             device=self.device,
             held_out=self.curve,
         )
-        rounded(model, job.stored)
-        held_out = HeldOut.read(demo.heldout_path(), job, HELD_OUT_TOKENS)
+        round_to(model.parameters(), job.stored)
+        held_out = read_held_out_for(job, demo.heldout_path(), HELD_OUT_TOKENS)
         models = {TEACHER: self.teacher, DISTILLED: before, HEALED: model}
         found = measure_models(job, models, held_out, teacher=self.teacher, description=None)
         seconds = time.monotonic() - made

@@ -26,9 +26,9 @@ from moefuse.comparison import (
     HEALED,
     ONE_SHOT,
     Contender,
-    HeldOut,
     measure_models,
     model_of,
+    read_held_out_for,
     routed_part,
 )
 from moefuse.errors import UserError
@@ -165,7 +165,7 @@ def test_healing_lowers_the_distance_on_the_text_healed_on(
 ) -> None:
     contenders = made(name)
     assert [contender.stage for contender in contenders] == [ONE_SHOT, DISTILLED, HEALED]
-    text = HeldOut.read(teacher.parent / "text.txt", bench.job, 1024)
+    text = read_held_out_for(bench.job, teacher.parent / "text.txt", 1024)
     family = bench.job.reader.family
     models = {c.stage: model_of(bench.teacher, family, c) for c in contenders}
 
@@ -253,7 +253,7 @@ def test_rounding_after_distillation_comes_after_healing_too(
         assert isinstance(student, KeptExperts)
         assert all(most_values(p) <= 4 for p in routed_part(student).parameters())
         assert most_values(student.routed.get_parameter("gate.weight")) > 4
-    text = HeldOut.read(teacher.parent / "text.txt", bench.job, 1024)
+    text = read_held_out_for(bench.job, teacher.parent / "text.txt", 1024)
     both = {"inside": made("pruned 2-bit")[-1].model, "after": healed.model}
     found = measure_models(bench.job, both, text, teacher=bench.teacher, description=None)  # type: ignore[arg-type]
     assert found["inside"].kl < found["after"].kl

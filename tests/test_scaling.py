@@ -97,13 +97,13 @@ def test_the_grid_is_measured(whole: Scaling) -> None:
 
 
 def test_a_row_is_what_its_own_job_gives(teacher: Path, whole: Scaling, tmp_path: Path) -> None:
-    from moefuse.comparison import DISTILLED, HeldOut, fused, measure_contenders
+    from moefuse.comparison import DISTILLED, fused, measure_contenders, read_held_out_for
 
     text = str(teacher.parent / "text.txt")
     job = Job(teacher, tmp_path, {**VALUES, "data": text, "groups": 2, "rank": 2, "seed": 1})
     for stage in (job.calibrate, job.group, job.factor, job.distill):
         stage()
-    held_out = HeldOut.read(teacher.parent / "held.txt", job, 192)
+    held_out = read_held_out_for(job, teacher.parent / "held.txt", 192)
     row = measure_contenders(job, [fused(job, DISTILLED)], held_out)[-1]
 
     assert whole.report is not None

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from moefuse import artifacts, corpus
+from moefuse import artifacts
 from moefuse.baselines import Layer, method
 from moefuse.baselines._native import KeptExperts
 from moefuse.console import track
 from moefuse.distillation.loop import distill_layer
 from moefuse.evaluation.rows import TEACHER, Row
 from moefuse.evaluation.run import Quality, evaluate, load_model
+from moefuse.evaluation.streamed import HeldOut
 from moefuse.families import Family
 from moefuse.mathematics.experts import ExpertsCall
+from moefuse.measuring import read_held_out
 from moefuse.pipeline import Job, peak_memory
 
 ONE_SHOT, DISTILLED, HEALED = "one-shot", "distilled", "healed"
@@ -276,41 +278,12 @@ def teacher_row(job: Job, quality: Quality) -> Row:
     )
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Text that nothing was fitted to: ``sequences`` of token ids, 1-D int64, and of which
-    document each is."""
+def read_held_out_for(job: Job, source: str | Path, tokens: int) -> HeldOut:
+    """Read at most ``tokens`` tokens of ``source``, cut as the job's calibration text is.
 
-    source: str
-    sequences: list[Tensor]
-    documents: list[int]
-
-    @classmethod
-    def read(cls, source: str | Path, job: Job, tokens: int) -> "HeldOut":
-        """Read at most ``tokens`` tokens of ``source``, cut as the job's calibration text is.
-
-        Raises ``UserError`` for a text that cannot be read.
-        """
-        windows = corpus.tokenize_by_document(
-            corpus.load_documents(source),
-            job.tokenizer,
-            job.calibration.sequence_length,
-            limit_tokens=tokens,
-        )
-        sequences = [window for document in windows for window in document]
-        documents = [number for number, document in enumerate(windows) for _ in document]
-        name = Path(source).name if Path(source).exists() else str(source)
-        return cls(name, sequences, documents)
-
-    def to_json(self) -> dict[str, Any]:
-        """Say which text this is, without where it lies."""
-        tokens = [sequence.tolist() for sequence in self.sequences]
-        return {
-            "name": self.source,
-            "documents": len(set(self.documents)),
-            "tokens": sum(len(sequence) for sequence in tokens),
-            "fingerprint": artifacts.fingerprint(tokens),
-        }
+    Raises ``UserError`` for a text that cannot be read.
+    """
+    return read_held_out(source, job.tokenizer, job.calibration.sequence_length, tokens)
 
 
 def measure_contenders(

@@ -51,6 +51,7 @@ from moefuse.healing.trainer import (
     train,
     whole_state,
 )
+from moefuse.job_inputs import is_bundled
 from moefuse.modeling import is_fused, load_fused
 from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX
 from moefuse.modeling.training import stored_to_trained, trained_to_stored
@@ -172,7 +173,9 @@ class HealJob:
         self.teacher_fingerprint = self._check_teacher()
         self.tokenizer = load_tokenizer(self.student)
         self.text = self._text()
-        self._held_out_source = held_out or (demo.heldout_path() if self._is_bundled else None)
+        # The bundled teacher's held-out text is at hand.
+        bundled = demo.heldout_path() if is_bundled(self.teacher_fingerprint) else None
+        self._held_out_source = held_out or bundled
         self.held_out = self._held_out()
         self.measured_on = self._measured_on()
 
@@ -222,13 +225,6 @@ class HealJob:
         headers = read_headers(self.teacher)
         check_same_kind(self.teacher, headers.config, self.headers.config, self.options)
         return fingerprint_of(self.teacher, headers.config, headers.tensors)
-
-    @property
-    def _is_bundled(self) -> bool:
-        """Whether the teacher is the bundled one, whose held-out text is at hand."""
-        bundled = read_headers(demo.teacher_path())
-        found = fingerprint_of(demo.teacher_path(), bundled.config, bundled.tensors)
-        return found == self.teacher_fingerprint
 
     def _text(self) -> PackedText:
         if self.cache is not None:

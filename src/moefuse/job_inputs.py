@@ -45,6 +45,11 @@ from moefuse.places import check_outside, check_place
 from moefuse.sizes import Plan
 
 
+def is_bundled(fingerprint: str) -> bool:
+    """Say whether a checkpoint's fingerprint is that of the bundled teacher."""
+    return CheckpointReader.open(demo.teacher_path()).fingerprint() == fingerprint
+
+
 class JobInputs:
     """What one student of one teacher is made from.
 
@@ -142,22 +147,22 @@ class JobInputs:
 
     @cached_property
     def _held_out_source(self) -> str | Path | None:
-        return self.measuring.held_out or (demo.heldout_path() if self._is_bundled else None)
+        return self.measuring.held_out or (demo.heldout_path() if self.is_bundled else None)
 
     def _check_known(self, sequences: Sequence[Tensor]) -> None:
         corpus.check_known(sequences, self.teacher.config.vocab_size, self.reader.source)
 
     @cached_property
-    def _is_bundled(self) -> bool:
-        bundled = CheckpointReader.open(demo.teacher_path())
-        return bundled.fingerprint() == self.reader.fingerprint()
+    def is_bundled(self) -> bool:
+        """Whether the teacher is the bundled one, whose texts are at hand."""
+        return is_bundled(self.reader.fingerprint())
 
     @cached_property
     def data(self) -> str | Path:
         """The calibration text that is asked for, or the bundled one of the bundled teacher."""
         if self.calibration.data is not None:
             return self.calibration.data
-        if self._is_bundled:
+        if self.is_bundled:
             return demo.calibration_path()
         raise UserError(
             "Say with --data what text to calibrate on: a file, a folder, JSONL with text or "

@@ -570,6 +570,32 @@ class Job(JobInputs):
         yield from track(missing, description) if description and missing else missing
 
 
+JobFor = Callable[[Mapping[str, Any]], Job]
+"""Makes a job of one checkpoint with these settings beside those that all its jobs share."""
+
+
+def jobs_of(
+    checkpoint: str | Path,
+    work: Path,
+    values: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> JobFor:
+    """Return what makes jobs of ``checkpoint`` that share ``work`` and the settings ``values``."""
+
+    def job_for(more: Mapping[str, Any]) -> Job:
+        return Job(
+            checkpoint,
+            work,
+            {**values, **more},
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+
+    return job_for
+
+
 def _missing(stage: str, work: Path) -> UserError:
     return UserError(
         f"{work} has no artifacts of '{stage}' for these settings; run 'moefuse {stage}' with the "

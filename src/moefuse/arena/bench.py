@@ -1,7 +1,7 @@
 """What all cells of a comparison share."""
 
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from moefuse.evaluation.report import Row, read_report, report_json
 from moefuse.evaluation.rows import TEACHER, TaskScores
 from moefuse.evaluation.run import NO_TASKS, Scored, TaskRunner, load_model
 from moefuse.mathematics.experts import ExpertsCall
-from moefuse.pipeline import Job
+from moefuse.pipeline import Job, JobFor
 
 KEPT_BYTES = 2_000_000_000
 """Recorded tokens that stay on the device from one cell to the next, at most."""
@@ -38,7 +38,7 @@ class Bench:
     def __init__(
         self,
         job: Job,
-        job_for: Callable[[dict[str, Any]], Job],
+        job_for: JobFor,
         quantise: str,
         tasks: TaskRunner = NO_TASKS,
         healing: Healing | None = None,

@@ -19,14 +19,13 @@ from moefuse.arena.report import Impossible, write_comparison
 from moefuse.arena.students import make_contenders
 from moefuse.artifacts import fingerprint
 from moefuse.baselines import TooSmallError
-from moefuse.checkpoint.reader import CheckpointReader
-from moefuse.comparison import Contender, HeldOut, measure_contenders, model_of
+from moefuse.comparison import Contender, HeldOut, measure_contenders, model_of, read_held_out_for
 from moefuse.console import say, track
 from moefuse.errors import UserError
 from moefuse.evaluation.report import Row, machine_meta, report_json
 from moefuse.evaluation.rows import TEACHER
 from moefuse.evaluation.run import TaskRunner, task_runner
-from moefuse.pipeline import Job
+from moefuse.pipeline import Job, jobs_of
 from moefuse.places import check_new, check_outside
 
 HELD_OUT_TOKENS = 12_288
@@ -83,15 +82,9 @@ def compare(
     out = Path(out)
     check_new(out)
 
-    def job_for(more: dict[str, Any]) -> Job:
-        return Job(
-            checkpoint,
-            out / "work",
-            {**values, **more},
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-
+    job_for = jobs_of(
+        checkpoint, out / "work", values, revision=revision, trust_remote_code=trust_remote_code
+    )
     job, cells = job_for(LIKE_OURS), wishes.cells()
     mine = part_of(cells, part)
     check_outside(out, job.reader.directory, "output")
@@ -124,8 +117,7 @@ def read_held_out(job: Job, source: str | None, tokens: int) -> HeldOut:
     """
     _ = job.teacher, job.batches
     if source is None:
-        bundled = CheckpointReader.open(demo.teacher_path())
-        if bundled.fingerprint() != job.reader.fingerprint():
+        if not job.is_bundled:
             raise UserError(
                 "Say with --held-out what text to measure on: a file, a folder, JSONL with text or "
                 "messages, or a hub data set, none of it in the calibration text."
@@ -133,7 +125,7 @@ def read_held_out(job: Job, source: str | None, tokens: int) -> HeldOut:
         source = str(demo.heldout_path())
     if tokens < 2:
         raise UserError(f"--held-out-tokens is {tokens}; it must be at least 2.")
-    return HeldOut.read(source, job, tokens)
+    return read_held_out_for(job, source, tokens)
 
 
 def _healing(job: Job, values: Mapping[str, Any]) -> Healing:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moefuse import artifacts
+from moefuse.checkpoint.passing import batch_file
 from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.console import track
 from moefuse.errors import UserError
@@ -78,16 +79,12 @@ def _gradient(directory: Path, layer: int) -> Path:
     return directory / f"gradient-{layer:03d}"
 
 
-def _batch_file(number: int) -> str:
-    return f"batch-{number:05d}.safetensors"
-
-
 def _read(place: Path, number: int) -> Tensor:
-    return artifacts.read_tensors(place / _batch_file(number))["hidden"]
+    return artifacts.read_tensors(place / batch_file(number))["hidden"]
 
 
 def _write(place: Path, number: int, tensor: Tensor) -> None:
-    artifacts.write_tensors(place / _batch_file(number), {"hidden": tensor})
+    artifacts.write_tensors(place / batch_file(number), {"hidden": tensor})
 
 
 def _write_all(place: Path, tensors: Iterator[Tensor]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from moefuse import artifacts
+from moefuse.checkpoint.passing import batch_file
 
 States = dict[str, Tensor]
 """Hidden states of one batch by the path that they came, each (B, S, D)."""
@@ -38,15 +39,15 @@ class OnDisk:
 
     def entering(self, number: int) -> States:
         """Read a batch that enters the layer."""
-        return artifacts.read_tensors(self._place(self.layer) / _file(number))
+        return artifacts.read_tensors(self._place(self.layer) / batch_file(number))
 
     def leave(self, number: int, pair: States) -> None:
         """Write a batch that leaves the layer."""
-        artifacts.write_tensors(self._coming() / _file(number), pair)
+        artifacts.write_tensors(self._coming() / batch_file(number), pair)
 
     def leaving(self, number: int) -> States:
         """Read a batch that leaves the layer."""
-        return artifacts.read_tensors(self._coming() / _file(number))
+        return artifacts.read_tensors(self._coming() / batch_file(number))
 
     def advance(self) -> None:
         """Go to the next layer; what entered this one goes once what enters that is there."""
@@ -62,7 +63,3 @@ class OnDisk:
         if self._partial is None:
             self._partial = artifacts.partial_directory(self._place(self.layer + 1))
         return self._partial
-
-
-def _file(number: int) -> str:
-    return f"batch-{number:05d}.safetensors"

@@ -16,10 +16,10 @@ from moefuse.comparison import (
     DISTILLED,
     HEALED,
     Contender,
-    HeldOut,
     contenders_at,
     fused,
     measure_contenders,
+    read_held_out_for,
 )
 from moefuse.console import say
 from moefuse.errors import UserError
@@ -130,7 +130,7 @@ def measure_sizes(
     jobs: Sequence[Job], contenders: Sequence[list[Contender]], tokens: int
 ) -> list[Row]:
     """Measure every size's contenders on the bundled held-out text; one row for the teacher."""
-    held_out = HeldOut.read(demo.heldout_path(), jobs[0], tokens)
+    held_out = read_held_out_for(jobs[0], demo.heldout_path(), tokens)
     rows: list[Row] = []
     for job, found in zip(jobs, contenders, strict=True):
         measured = measure_contenders(job, found, held_out)
@@ -147,7 +147,7 @@ def demo_meta(
     healing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Say how a report was made."""
-    held_out = HeldOut.read(demo.heldout_path(), job, held_out_tokens)
+    held_out = read_held_out_for(job, demo.heldout_path(), held_out_tokens)
     return machine_meta(
         command,
         device=job.device,

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moefuse import artifacts
 from moefuse.checkpoint.passed import OnDisk
 from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.console import track
@@ -55,6 +57,16 @@ class HeldOut:
         """Return how many sequences go at once, so that a batch's logits fit in memory."""
         logits = self.sequence_length * vocabulary
         return max(1, min(MOST_SEQUENCES, LOGITS_AT_ONCE // logits))
+
+    def to_json(self) -> dict[str, Any]:
+        """Say which text this is, without where it lies."""
+        tokens = [sequence.tolist() for sequence in self.sequences]
+        return {
+            "name": self.name,
+            "documents": len(set(self.documents)),
+            "tokens": sum(len(sequence) for sequence in tokens),
+            "fingerprint": artifacts.fingerprint(tokens),
+        }
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ processes can share it.
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from moefuse import artifacts
@@ -24,6 +23,7 @@ from moefuse.arena.bench import alone
 from moefuse.arena.board import Board
 from moefuse.arena.cells import part_of
 from moefuse.arena.healing import Healing, healing_of
+from moefuse.arena.lowbit import round_to
 from moefuse.arena.run import HELD_OUT_TOKENS, read_held_out
 from moefuse.arena.students import run_stages
 from moefuse.comparison import (
@@ -44,7 +44,7 @@ from moefuse.evaluation.report import Row, machine_meta, report_json
 from moefuse.evaluation.rows import TEACHER
 from moefuse.evaluation.run import load_model
 from moefuse.evaluation.scaling_report import LeftOut, ScalingReport, write_scaling
-from moefuse.pipeline import Job
+from moefuse.pipeline import Job, JobFor, jobs_of
 from moefuse.places import check_new, check_outside
 from moefuse.scaling.grid import Grid, Student, cheapest_first
 from moefuse.scaling.healing import heal_student
@@ -89,15 +89,9 @@ def scaling(
     out = Path(out)
     check_new(out)
 
-    def job_for(more: Mapping[str, Any]) -> Job:
-        return Job(
-            checkpoint,
-            out / "work",
-            {**values, **more},
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-
+    job_for = jobs_of(
+        checkpoint, out / "work", values, revision=revision, trust_remote_code=trust_remote_code
+    )
     first = job_for({"groups": 1, "rank": 0})
     grid, left_out = grid.within(first.reader.shape)
     students = cheapest_first(grid.students(), first)
@@ -125,7 +119,7 @@ class Bench:
     """
 
     job: Job
-    job_for: Callable[[Mapping[str, Any]], Job]
+    job_for: JobFor
     text: HeldOut
     healing: Healing | None
 
@@ -170,7 +164,7 @@ class Bench:
         directory = job.work / f"healing-{student.name}-{mark}"
         with job.suited_threads():
             heal_student(self.healing, model, self.teacher, student, directory)
-        round_parameters(model, job.stored)
+        round_to(model.parameters(), job.stored)
         found = measure_models(
             job, {HEALED: model}, self.text, teacher=self.teacher, description=None
         )
@@ -178,16 +172,6 @@ class Bench:
         made = replace(contender, stage=HEALED, seconds=seconds)
         shutil.rmtree(directory, ignore_errors=True)
         return [teacher_row(job, found[TEACHER]), contender_row(job, made, found[HEALED])]
-
-
-def round_parameters(model: PreTrainedModel, stored: torch.dtype) -> None:
-    """Round a model's parameters to what the stored dtype can hold, and compute on in fp32.
-
-    Buffers, such as the frequencies of positions, are not stored and stay as they are.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored).float()
-        parameter.requires_grad_(False)
 
 
 def _size(student: Student) -> dict[str, Any]:
