@@ -6,12 +6,13 @@ merging by HC-SMoE. All are distilled layer by layer first, take the same bytes 
 (rivals a little more, their experts being whole), and are healed alike: the same tokens of the same
 text in the same order, everything trained, the same rates.
 
-The text is the Python standard library of whoever runs this, without the modules that the bundled
-held-out text is from. Run it by ``make healing``; it goes on where it was interrupted. Several
-processes with ``--part 0/24`` to ``--part 23/24`` share it, the same command without gathers.
+The text is that of ``package_text.py``, Python that the teacher has not learnt by heart. Run it by
+``make healing``; it goes on where it was interrupted. Several processes with ``--part 0/24`` to
+``--part 23/24`` share it, the same command without gathers.
 """
 
 import copy
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,16 +23,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from dense_products import multiply_densely
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from stdlib_text import stdlib_text
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefuse import corpus, demo
 from moefuse.arena.bench import alone
 from moefuse.arena.lowbit import round_to
 from moefuse.arena.students import run_stages
-from moefuse.artifacts import read_json, write_atomically, write_json, write_text
+from moefuse.artifacts import read_json, write_atomically, write_json, write_tensors, write_text
 from moefuse.comparison import (
     DISTILLED,
     FUSED,
@@ -44,26 +46,32 @@ from moefuse.comparison import (
     rivals,
     teacher_row,
 )
-from moefuse.config import HealConfig, build, parse_count
+from moefuse.config import HealConfig, build
 from moefuse.console import say
 from moefuse.evaluation.machine import machine_meta
 from moefuse.evaluation.report import report_json, row_from_json
 from moefuse.evaluation.rows import TEACHER, Row
 from moefuse.evaluation.run import load_model
 from moefuse.evaluation.tables import markdown
-from moefuse.heal import heal_in_place
+from moefuse.healing.sources import LiveTeacher
 from moefuse.healing.text import PackedText, pack
+from moefuse.healing.trainer import steps_of, tokens_per_row, train
+from moefuse.modeling.training import stored_to_trained, trained_to_stored
 from moefuse.pipeline import Job
 
 HEALED = "healed"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "healing"
+TEXT = ROOT / "runs" / "packages.jsonl"
 GROUPS = (16, 8, 4, 2)
+WITH_RIVALS = (8, 4, 2)
 NEURONS = "fused-neurons"
 METHODS = (FUSED, NEURONS, "reap", "hc-smoe")
 CALIBRATION: dict[str, Any] = {"tokens": 98_304, "dtype": "float32"}
 HELD_OUT_TOKENS = 12_288
 CURVE_TOKENS = 8192
+GENTLY = {"code_rate": 1e-4, "rate": 2e-5, "router_rate": 2e-5}
+"""Rates of low-bit students, which have little left to heal; docs/research.md, section 16."""
 COLOURS = dict(zip(METHODS, ("#2a6f97", "#7b2d8b", "#c8553d", "#588157"), strict=True))
 
 
@@ -91,6 +99,7 @@ class Bench:
     text: PackedText
     curve: PackedText
     options: HealConfig
+    mixed: bool
 
     def job(self, values: dict[str, Any]) -> Job:
         """Return the job of one size, on the calibration that all share."""
@@ -111,26 +120,42 @@ class Bench:
         run_stages(job)
         return job, replace(fused(job, DISTILLED), method=cell.method)
 
+    def directory(self, cell: Cell) -> Path:
+        """Return where a cell's checkpoints lie while it is healed."""
+        return self.out / "training" / cell.name
+
+    def healed(self, cell: Cell, model: PreTrainedModel, job: Job) -> list[dict[str, Any]]:
+        """Heal a cell's student in place, from its last checkpoint on; returns the log."""
+        stored_to_trained(model)
+        if self.device != "cpu":
+            multiply_densely(model)
+        log = train(
+            model,
+            LiveTeacher(self.teacher),
+            self.text,
+            job.reader.family,
+            replace(self.options, **(GENTLY if cell.method == NEURONS else {})),
+            directory=self.directory(cell),
+            seed=cell.seed,
+            device=self.device,
+            mixed=self.mixed,
+            held_out=self.curve,
+            description=None,
+        )
+        trained_to_stored(model)
+        return log
+
     def measured(self, cell: Cell) -> dict[str, Any]:
         """Heal a cell's student; returns its rows before and after, and the way between."""
         start = time.monotonic()
         job, contender = self.student(cell)
-        family = job.reader.family
-        model = copy.deepcopy(model_with(self.teacher, family, contender.students))
-        before = model_with(self.teacher, family, contender.students)
+        before = model_with(self.teacher, job.reader.family, contender.students)
+        model = copy.deepcopy(before)
         made = time.monotonic()
-        log = heal_in_place(
-            model,
-            self.teacher,
-            self.text,
-            family,
-            self.options,
-            seed=cell.seed,
-            device=self.device,
-            held_out=self.curve,
-        )
+        log = self.healed(cell, model, job)
         round_to(model.parameters(), job.stored)
         held_out = read_held_out_for(job, demo.heldout_path(), HELD_OUT_TOKENS)
+        shutil.rmtree(self.directory(cell))
         models = {TEACHER: self.teacher, DISTILLED: before, HEALED: model}
         found = measure_models(job, models, held_out, teacher=self.teacher, description=None)
         seconds = time.monotonic() - made
@@ -143,7 +168,7 @@ class Bench:
         rows = [rows[0], *(replace(row, groups=cell.groups) for row in rows[1:])]
         told = " to ".join(f"{row.kl:.4f}" for row in rows[1:])
         say(f"{cell.name}: KL {told} ({time.monotonic() - start:.0f} s)")
-        per_step = self.options.batch_size * self.options.sequence_length
+        per_step = tokens_per_row(self.text) * self.options.batch_size
         curve = [
             [line["step"] * per_step, line["eval_loss"]] for line in log if "eval_loss" in line
         ]
@@ -151,48 +176,40 @@ class Bench:
 
 
 def cells(seeds: int, methods: tuple[str, ...], groups: tuple[int, ...]) -> Iterator[Cell]:
-    """List all cells."""
+    """List all cells; where no rival is asked for, this design's alone."""
     for seed in range(seeds):
         for count in groups:
-            for method in methods:
+            for method in methods if count in WITH_RIVALS else (FUSED,):
                 yield Cell(method, count, seed)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Cells and artifacts.")] = Path("runs/healing"),
     results: Annotated[Path, typer.Option(help="Where the report goes.")] = RESULTS,
+    text: Annotated[Path, typer.Option(help="JSONL by package_text.py.")] = TEXT,
     device: str = "cpu",
+    mixed: Annotated[bool, typer.Option(help="Compute in bf16 around fp32 weights.")] = False,
     seeds: int = 3,
     tokens: str = "10M",
-    batch_size: int = 16,
-    expert_rate: float | None = None,
-    code_rate: float | None = None,
-    rate: float | None = None,
     methods: str = ",".join(METHODS),
     groups: str = "16,8,4,2",
     part: Annotated[str | None, typer.Option(help="Only this part, such as 0/24.")] = None,
 ) -> None:
     """Heal every cell that is not done yet, and report."""
-    values = {
-        "tokens": tokens,
-        "batch_size": batch_size,
-        "expert_rate": expert_rate,
-        "code_rate": code_rate,
-        "rate": rate,
-        "logging_steps": 50,
-    }
-    options = build(HealConfig, values)
+    options = build(HealConfig, {"tokens": tokens, "logging_steps": 50, "save_steps": 250})
     # The matrices are small: full fp32 products would take most of the time and change nothing.
     torch.backends.cuda.matmul.allow_tf32 = True
     teacher, tokenizer = load_model(demo.teacher_path(), dtype="float32", device=device)
+    if device != "cpu":
+        multiply_densely(teacher)
     length = options.sequence_length
-    text = pack(stdlib_text(), tokenizer, length, tokens=10**9, seed=0)
+    packed = read_packed(out / "text.safetensors", text, tokenizer, length)
     curve = pack(
         corpus.load_documents(demo.heldout_path()), tokenizer, length, tokens=CURVE_TOKENS, seed=0
     )
-    steps = round(parse_count(tokens, "--tokens") / (batch_size * length))
+    steps = steps_of(packed, options, 1)
     options = replace(options, eval_steps=max(1, steps // 12))
-    bench = Bench(out, device, teacher, text, curve, options)
+    bench = Bench(out, device, teacher, packed, curve, options, mixed)
     wanted = list(cells(seeds, tuple(methods.split(",")), tuple(map(int, groups.split(",")))))
     index, count = map(int, part.split("/")) if part else (0, 1)
     for cell in wanted[index::count]:
@@ -202,6 +219,17 @@ def main(
     done = {c: read_json(p) for c in wanted if (p := out / "cells" / f"{c.name}.json").exists()}
     if len(done) == len(wanted):
         report(done, bench, results)
+
+
+def read_packed(
+    path: Path, text: Path, tokenizer: PreTrainedTokenizerBase, length: int
+) -> PackedText:
+    """Return the text packed, which one process of several does once for all."""
+    with alone(path.with_suffix(".lock")):
+        if not path.exists():
+            packed = pack(corpus.load_documents(text), tokenizer, length, tokens=10**9, seed=0)
+            write_tensors(path, vars(packed))
+    return PackedText(**load_file(path))
 
 
 def report(done: dict[Cell, Any], bench: Bench, results: Path) -> None:
@@ -215,7 +243,9 @@ def report(done: dict[Cell, Any], bench: Bench, results: Path) -> None:
         device=bench.device,
         data={"name": "heldout.jsonl", "tokens": HELD_OUT_TOKENS},
         healing={k: v for k, v in vars(bench.options).items() if v is not None},
-        healing_text=f"the standard library, {bench.text.tokens:,} tokens, used again",
+        healing_text=f"package_text.py, {bench.text.tokens:,} tokens",
+        mixed=bench.mixed,
+        rates_of_low_bits=GENTLY,
         calibration=CALIBRATION,
     )
     results.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ def of_experts(tensor: Tensor, kept: Tensor, experts: int) -> Tensor:
     """
     if experts not in tensor.shape:
         return tensor
-    return tensor.index_select(tensor.shape.index(experts), kept)
+    return tensor.index_select(tensor.shape.index(experts), kept.to(tensor.device))
 
 
 def _is_shared(layer: Layer, name: str, child: nn.Module) -> bool:
