@@ -47,7 +47,7 @@ from moefuse.fusion.keep import Kept, keep
 from moefuse.fusion.neurons import importance
 from moefuse.fusion.plan import expert_budget, settled_plan
 from moefuse.fusion.plan_neurons import choices_of
-from moefuse.grouping.assign import group_layer
+from moefuse.grouping.assign import BY_WEIGHTS, group_layer
 from moefuse.job_inputs import JobInputs
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
@@ -271,9 +271,10 @@ class Job(JobInputs):
             self._measure_energies()
             return
         for layer, path in self._todo(self.groups_directory, "json", "Group"):
+            needed = self.grouping.grouping in BY_WEIGHTS
             groups = group_layer(
                 self._calibrated(layer),
-                self.experts(layer),
+                self.experts(layer) if needed else None,
                 self.plan.layers[layer].groups,
                 self.grouping.grouping,
             )
@@ -522,11 +523,14 @@ class Job(JobInputs):
     # What the stages work on.
 
     def experts(self, layer: int) -> Experts:
-        """Read one layer's routed experts, on the device and in fp32."""
-        gate_up_EFD, down_EDF = self.reader.read_experts(layer)
-        # One after the other under its old name, so that what was stored goes when converted.
-        gate_up_EFD = gate_up_EFD.to(self.device, torch.float32)
-        down_EDF = down_EDF.to(self.device, torch.float32)
+        """Read one layer's routed experts, on the device and in the stored dtype.
+
+        Meanwhile those of the next layer are read from the disk into the system's cache.
+        """
+        gate_up_EFD, down_EDF = self.reader.read_experts(layer, device=self.device)
+        following = next((n for n in self.reader.shape.layers if n > layer), None)
+        if following is not None:
+            self.reader.read_ahead(following, outside=False)
         return Experts(gate_up_EFD, down_EDF, self.activation(layer))
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
