@@ -53,7 +53,14 @@ from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
 from moefuse.measuring import UNMEASURED, measure_student
 from moefuse.modeling.training import TrainedNeuronExperts
-from moefuse.places import check_new, check_output, check_outside, check_own, existing_parent
+from moefuse.places import (
+    check_new,
+    check_output,
+    check_outside,
+    check_own,
+    existing_parent,
+    size_of,
+)
 from moefuse.sizes import Plan, make_experts
 
 STAGES = (
@@ -224,17 +231,20 @@ class Job(JobInputs):
             if inner.resolve().is_relative_to(out.resolve()):
                 raise UserError(f"The {name} {inner} lies in the output {out}; keep them apart.")
 
-    def preflight(self) -> None:
-        """Check whatever can be checked before any work; raises ``UserError``."""
+    def preflight(self, out: Path) -> None:
+        """Check whatever can be checked before any work; raises ``UserError``.
+
+        The student will be written to ``out``. What an interrupted run left counts as there.
+        """
         _ = self.plan, self.teacher, self.batches, self.held_out
-        free = shutil.disk_usage(existing_parent(self.work)).free
         needed = self.estimate.disk_bytes * SPARE_DISK_SHARE + self._measuring_bytes
-        if needed > free:
-            raise UserError(
-                f"Too little disk: the job needs about {needed / 1e9:.2f} GB at {self.work}, where "
-                f"{free / 1e9:.2f} GB are free; make room, choose another --work, or calibrate on "
-                "fewer --tokens."
-            )
+        needed -= sum(size_of(directory) for directory in self._directories())
+        student = self.plan.bytes * SPARE_DISK_SHARE
+        if existing_parent(out).stat().st_dev != existing_parent(self.work).stat().st_dev:
+            needed -= student
+            _check_room(out, student, "the student", "make room, or choose another output.")
+        advice = "make room, choose another --work, or calibrate on fewer --tokens."
+        _check_room(self.work, needed, "the job", advice)
 
     @property
     def _measuring_bytes(self) -> int:
@@ -502,15 +512,20 @@ class Job(JobInputs):
 
     def forget(self) -> None:
         """Remove what earlier runs of this very job left."""
-        for directory in (
+        for directory in self._directories():
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _directories(self) -> list[Path]:
+        """Return where this job leaves its artifacts."""
+        found = [
             self.store.directory,
             *([self.sensitivity_directory] if self.sensitivity_directory else []),
             self.energies_directory if self.uses_neurons else self.groups_directory,
             self.factors_directory,
             self.distilled_directory,
             *self._measured_directories(),
-        ):
-            shutil.rmtree(directory, ignore_errors=True)
+        ]
+        return list(dict.fromkeys(found))
 
     def _measured_directories(self) -> list[Path]:
         if self.held_out is None:
@@ -600,6 +615,16 @@ def jobs_of(
     return job_for
 
 
+def _check_room(place: Path, needed: float, what: str, advice: str) -> None:
+    """Raise ``UserError`` unless ``needed`` bytes are free where ``place`` is or will be."""
+    free = shutil.disk_usage(existing_parent(place)).free
+    if needed > free:
+        raise UserError(
+            f"Too little disk: {what} needs about {needed / 1e9:.2f} GB at {place}, where "
+            f"{free / 1e9:.2f} GB are free; {advice}"
+        )
+
+
 def _missing(stage: str, work: Path) -> UserError:
     return UserError(
         f"{work} has no artifacts of '{stage}' for these settings; run 'moefuse {stage}' with the "
@@ -664,7 +689,7 @@ def fuse(
     finished = resume and _is_output_of(out, job)
     if not finished:
         check_output(out, overwrite=overwrite)
-        job.preflight()
+        job.preflight(out)
         if not resume:
             job.forget()
         for stage in (job.calibrate, job.group, job.factor, job.distill):
