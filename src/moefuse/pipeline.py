@@ -637,7 +637,9 @@ class FuseResult:
     """What ``fuse`` made: where, how large, how true to the teacher, at what cost.
 
     ``errors`` are each layer's relative errors before and after distillation, ``seconds`` the wall
-    time of this run, ``peak_bytes`` the peak resident memory of this process.
+    time of this run, ``waited_seconds`` how much of it passed in waiting for the checkpoint's disk,
+    ``peak_bytes`` the peak resident memory of this process, ``peak_device_bytes`` the most that
+    tensors took on the GPU, None without one.
     """
 
     out: Path
@@ -645,6 +647,8 @@ class FuseResult:
     errors: dict[int, dict[str, float]]
     seconds: float
     peak_bytes: int
+    waited_seconds: float
+    peak_device_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -696,7 +700,15 @@ def fuse(
             stage()
         job.assemble(out)
     artifacts.remove_replaced(out)
-    result = FuseResult(out, job.true_plan, job.errors(), time.monotonic() - start, peak_memory())
+    result = FuseResult(
+        out,
+        job.true_plan,
+        job.errors(),
+        seconds=time.monotonic() - start,
+        peak_bytes=peak_memory(),
+        waited_seconds=job.reader.waited_seconds,
+        peak_device_bytes=peak_device_memory(job.device),
+    )
     if work is None:
         shutil.rmtree(own_work)
     return result
@@ -717,3 +729,8 @@ def peak_memory() -> int:
     """Return the peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory(device: str) -> int | None:
+    """Return the most bytes that tensors have taken on a GPU so far; None for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None

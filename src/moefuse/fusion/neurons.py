@@ -81,8 +81,10 @@ def ridge_solve(gram_BB: Tensor, target_BO: Tensor) -> Tensor:
     ridge_BB = gram_BB.to(dtype)
     ridge_BB.diagonal().add_(RIDGE * ridge_BB.diagonal().mean() + torch.finfo(torch.float32).tiny)
     flat_BO = target_BO.to(dtype).reshape(len(gram_BB), -1)
-    torch.linalg.cholesky(ridge_BB, out=ridge_BB)
-    solution_BO = torch.cholesky_solve(flat_BO, ridge_BB)
+    # The library's own order of elements, which for a symmetric matrix is a matter of the view.
+    root_BB = torch.linalg.cholesky(ridge_BB.mT, out=ridge_BB.mT)
+    solution_BO = torch.linalg.solve_triangular(root_BB, flat_BO, upper=False)
+    solution_BO = torch.linalg.solve_triangular(root_BB.mT, solution_BO, upper=True)
     return solution_BO.reshape(target_BO.shape)
 
 
