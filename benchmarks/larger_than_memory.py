@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,8 @@ def render(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{meta['settings']['tokens']:,} tokens, computing in {meta['working']} on {where}.",
         "",
         f"One MoE layer takes {meta['layer_bytes'] / 1e9:.2f} GB in the working dtype, a batch "
-        f"{meta['batch_bytes'] / 1e9:.2f} GB. Peak of the process's own memory (RssAnon, Python and "
-        f"its libraries included): **{meta['peak_anonymous'] / 1e9:.2f} GB = "
+        f"{meta['batch_bytes'] / 1e9:.2f} GB. Peak of the process's own memory (RssAnon, Python "
+        f"and its libraries included): **{meta['peak_anonymous'] / 1e9:.2f} GB = "
         f"{meta['peak_anonymous'] / unit:.2f} times both** (at most {LIMIT}).",
     ]
     if meta["peak_device"] is not None:
@@ -286,7 +287,7 @@ def plot(meta: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
 def stage_seconds(samples: list[Sample]) -> dict[str, float]:
     """Return the wall time of every stage."""
     spent = dict.fromkeys(STAGES, 0.0)
-    for before, after in zip(samples, samples[1:], strict=False):
+    for before, after in pairwise(samples):
         spent[before.stage] += after.seconds - before.seconds
     return spent
 

@@ -663,12 +663,12 @@ def main() -> None:
     except UserError as error:
         errors.print(f"moefuse: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
+    except (KeyboardInterrupt, _InterruptedError):
+        errors.print("moefuse: interrupted; the same command goes on from here.", markup=False)
+        sys.exit(130)
     except Exception as error:
         full = disk_full(error)
         if full is None:
             raise
         errors.print(f"moefuse: {full}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
-    except (KeyboardInterrupt, _InterruptedError):
-        errors.print("moefuse: interrupted; the same command goes on from here.", markup=False)
-        sys.exit(130)

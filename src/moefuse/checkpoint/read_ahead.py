@@ -120,6 +120,7 @@ class _Reading:
     def _raise(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
+            self._expected.clear()  # who asks again reads again
             raise error
 
     def _run(self) -> None:
@@ -131,7 +132,7 @@ class _Reading:
                     self._done = at + 1
                     self._ahead_bytes += entry.size if at >= self._asked else 0
                     self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
+        except BaseException as error:  # raised again in the caller's thread
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

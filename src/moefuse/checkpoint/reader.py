@@ -147,7 +147,10 @@ class CheckpointReader:
         wanted. Raises ``OSError`` where what was begun before could not be read.
         """
         own, routed = self._names(layer)
-        names = [*self._in_order(own if outside else []), *self._in_order(routed if experts else [])]
+        names = [
+            *self._in_order(own if outside else []),
+            *self._in_order(routed if experts else []),
+        ]
         self._ahead.start([self._range(name) for name in names])
 
     @property

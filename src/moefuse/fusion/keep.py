@@ -88,9 +88,7 @@ def keep(
             values_PSD = basis_neurons(experts, call, energy_EF, plan.shared, metric_root_DD)
             gain_ES = values_PSD.new_ones(len(bits_EF), plan.shared)
         else:
-            values_PSD = layer_neurons(
-                experts, shared_neurons(energy_EF, bits_EF > 0, plan.shared)
-            )
+            values_PSD = layer_neurons(experts, shared_neurons(energy_EF, bits_EF > 0, plan.shared))
             gain_ES = fit_shared_gains(experts, call, bits_EF > 0, values_PSD)
         _put(module.shared, "shared", values_PSD, latents)
         _put(module.gain, "gain", gain_ES.unsqueeze(0), latents)

@@ -69,21 +69,21 @@ class Members(Sequence[ExpertWeights]):
     """Experts whose weights are made when they are asked for, so that few are there at once."""
 
     def __init__(self, count: int, make: Callable[[int], ExpertWeights]) -> None:
-        self.count, self.make = count, make
+        self.length, self.make = count, make
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def __getitem__(self, member: Any) -> Any:
         return self.make(member)
 
     def __iter__(self) -> Iterator[ExpertWeights]:
-        return (self.make(member) for member in range(self.count))
+        return (self.make(member) for member in range(self.length))
 
     def stacked(self, part: Callable[[ExpertWeights], Tensor]) -> Tensor:
         """Return one matrix of every member, (M, ...)."""
         first = part(self.make(0))
-        whole = first.new_empty(self.count, *first.shape)
+        whole = first.new_empty(self.length, *first.shape)
         for number, member in enumerate(self):
             whole[number] = part(member)
         return whole
