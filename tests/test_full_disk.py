@@ -78,14 +78,14 @@ def test_a_disk_that_is_really_full(teacher: Path, small_disk: Path, tmp_path: P
     assert run_elsewhere(log, "calibrate", *flags) == 0, log.read_text()
     assert run_elsewhere(log, "group", *flags, *SIZE) == 0, log.read_text()
     before = contents(work)
-    with (small_disk / "ballast").open("wb", buffering=0) as ballast:
-        with pytest.raises(OSError, match="space"):
-            while True:
-                ballast.write(bytes(4096))
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="space"), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
     assert run_elsewhere(log, "factor", *flags, *SIZE) == 2
     assert f"is full (No space left on device); {SENTENCE}" in told(log)
     assert contents(work) == before
 
-    (small_disk / "ballast").unlink()
+    ballast.unlink()
     assert run_elsewhere(log, "factor", *flags, *SIZE) == 0, log.read_text()

@@ -47,9 +47,9 @@ def factor(
 ) -> Factored:
     """Make one layer's bases and deltas in the way that errs least.
 
-    ``experts`` in any float dtype and ``call`` in fp32 on one device; of the call's tokens the first
-    ``options.fit_tokens`` are fitted to and the others judge (the same, where there are no others);
-    ``group_of_expert`` (E,) integers on that device.
+    ``experts`` in any float dtype and ``call`` in fp32 on one device; of the call's tokens the
+    first ``options.fit_tokens`` are fitted to and the others judge (the same, where there are no
+    others); ``group_of_expert`` (E,) integers on that device.
     """
     tokens = len(call.x_TD)
     fit = call.rows(slice(0, options.fit_tokens))

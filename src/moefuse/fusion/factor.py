@@ -9,7 +9,7 @@ low-rank approximation of what the base leaves. Each half step lowers
 with ``S`` the (damped) second moment of the inputs; the identity by default, because raw second
 moments are dominated by a few directions (design, section 4).
 
-One group's members are in fp32 at a time, aligned one by one, whatever dtype the layer is stored in.
+One group's members are in fp32 at a time, aligned one by one, whatever the layer's own dtype.
 
 Shape suffixes: E experts, M members of a group, O outputs, I inputs, D hidden width, F neurons,
 R rank.

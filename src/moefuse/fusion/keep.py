@@ -68,9 +68,9 @@ def keep(
 ) -> Kept:
     """Make one layer's neuron experts.
 
-    ``experts`` in any float dtype and ``call`` in fp32 on one device; ``energy_EF`` (E, F); ``bits_EF`` (E, F) the
-    numbers of a choice in ``choices``; ``plan`` says what the module looks like. Where no expert
-    keeps a neuron of its own, few shared ones in 16 bits stand for the whole layer (see
+    ``experts`` in any float dtype and ``call`` in fp32 on one device; ``energy_EF`` (E, F);
+    ``bits_EF`` (E, F) the numbers of a choice in ``choices``; ``plan`` says what the module looks
+    like. Where no expert keeps a neuron of its own, few shared ones in 16 bits stand for the whole layer (see
     ``basis_neurons``, which takes ``metric_root_DD``); otherwise for what experts do not keep.
     """
     hidden = experts.gate_up_EFD.shape[2]

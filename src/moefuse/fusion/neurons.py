@@ -194,8 +194,8 @@ def fit_neurons(
 ) -> dict[str, Tensor]:
     """Return the state of a ``FusedExperts`` module with scales, fp32, for one layer.
 
-    ``experts`` in any float dtype; ``call`` holds the tokens to fit to; ``group_of_expert`` is (E,); ``rank``
-    R of the deltas.
+    ``experts`` in any float dtype; ``call`` holds the tokens to fit to; ``group_of_expert`` is
+    (E,); ``rank`` R of the deltas.
     """
     groups = int(group_of_expert.max()) + 1
     kept = min(rank // 2, experts.down_EDF.shape[2], experts.down_EDF.shape[1])
