@@ -12,9 +12,9 @@ one MoE layer, all its weights in the working dtype, plus one batch: what its to
 enter and leave a layer and in the experts that they chose. With ``--device cuda`` the device's
 memory is compared in the same way. Leaves json, table and curve in ``results/larger_than_memory/``.
 
-    python benchmarks/larger_than_memory.py                     # 96 experts, 20 GB of disk
+    python benchmarks/larger_than_memory.py                     # 48 experts, 12 GB of disk
     python benchmarks/larger_than_memory.py --experts 16 --moe-layers 1
-    python benchmarks/larger_than_memory.py --device cuda --experts 256
+    python benchmarks/larger_than_memory.py --device cuda --working bfloat16 --experts 256
 """
 
 import argparse
@@ -309,11 +309,11 @@ def fuse(folder: Path, given: argparse.Namespace) -> tuple[list[Sample], dict[st
 def main() -> None:
     """Write the checkpoint, fuse it under observation and leave the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--experts", type=int, default=96, help="routed experts, a multiple of 8")
+    parser.add_argument("--experts", type=int, default=48, help="routed experts, a multiple of 8")
     parser.add_argument("--moe-layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024, help="to calibrate on")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="as stored")
-    parser.add_argument("--working", choices=sorted(WORKING), default="bfloat16")
+    parser.add_argument("--working", choices=sorted(WORKING), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where to write the checkpoint; it is reused")
     parser.add_argument(

@@ -70,8 +70,9 @@ def keep(
 
     ``experts`` in any float dtype and ``call`` in fp32 on one device; ``energy_EF`` (E, F);
     ``bits_EF`` (E, F) the numbers of a choice in ``choices``; ``plan`` says what the module looks
-    like. Where no expert keeps a neuron of its own, few shared ones in 16 bits stand for the whole layer (see
-    ``basis_neurons``, which takes ``metric_root_DD``); otherwise for what experts do not keep.
+    like. Where no expert keeps a neuron of its own, few shared ones in 16 bits stand for the whole
+    layer (see ``basis_neurons``, which takes ``metric_root_DD``); otherwise for what experts do not
+    keep.
     """
     hidden = experts.gate_up_EFD.shape[2]
     module = make_neuron_experts(hidden, len(bits_EF), plan, experts.activation)

@@ -32,6 +32,7 @@ from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.lowrank import low_rank
 
 LARGEST_IN_FP64 = 4096
+SOLVED_AT_ONCE = 1024
 RIDGE = 1e-3
 """Share of the mean squared feature that is added to every squared feature, against overfitting."""
 
@@ -71,7 +72,7 @@ def select_neurons(importance_EF: Tensor, members: Tensor) -> tuple[Tensor, Tens
     return members[chosen_F // width], chosen_F % width
 
 
-def ridge_solve(gram_BB: Tensor, target_BO: Tensor) -> Tensor:
+def ridge_solve(gram_BB: Tensor, target_BO: Tensor, ridge: float = RIDGE) -> Tensor:
     """Solve ``(gram + ridge) s = target``, overwriting ``gram_BB``; all zeros give zeros.
 
     In fp64 while that is cheap: a Gram matrix squares the condition of its features.
@@ -79,13 +80,31 @@ def ridge_solve(gram_BB: Tensor, target_BO: Tensor) -> Tensor:
     dtype = torch.float64 if len(gram_BB) <= LARGEST_IN_FP64 else torch.float32
     # Where it is large already in its dtype, it is overwritten: there is no room for another.
     ridge_BB = gram_BB.to(dtype)
-    ridge_BB.diagonal().add_(RIDGE * ridge_BB.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    ridge_BB.diagonal().add_(ridge * ridge_BB.diagonal().mean() + torch.finfo(torch.float32).tiny)
     flat_BO = target_BO.to(dtype).reshape(len(gram_BB), -1)
     # The library's own order of elements, which for a symmetric matrix is a matter of the view.
     root_BB = torch.linalg.cholesky(ridge_BB.mT, out=ridge_BB.mT)
-    solution_BO = torch.linalg.solve_triangular(root_BB, flat_BO, upper=False)
-    solution_BO = torch.linalg.solve_triangular(root_BB.mT, solution_BO, upper=True)
-    return solution_BO.reshape(target_BO.shape)
+    solved = []
+    for part_BO in flat_BO.split(SOLVED_AT_ONCE, dim=1):
+        half_BO = torch.linalg.solve_triangular(root_BB, part_BO, upper=False)
+        solved.append(torch.linalg.solve_triangular(root_BB.mT, half_BO, upper=True))
+    return torch.cat(solved, dim=1).reshape(target_BO.shape)
+
+
+def ridge_fit(z_TB: Tensor, target_TD: Tensor) -> Tensor:
+    """Return ``argmin_s |z s - target|^2 + ridge |s|^2``, (B, D).
+
+    With fewer tokens than features the same solution comes from the smaller matrix ``z z^T``:
+    ``(z^T z + r)^-1 z^T = z^T (z z^T + r)^-1``.
+    """
+    tokens, features = z_TB.shape
+    if tokens >= features:
+        return ridge_solve(z_TB.T @ z_TB, z_TB.T @ target_TD).to(z_TB.dtype)
+    if not bool(z_TB.any()):
+        return target_TD.new_zeros(features, target_TD.shape[1])
+    # The ridge is a share of the mean over features; the trace of both matrices is the same.
+    solution_TD = ridge_solve(z_TB @ z_TB.T, target_TD, ridge=RIDGE * tokens / features)
+    return z_TB.T @ solution_TD.to(z_TB.dtype)
 
 
 def fit_gains(z_NF: Tensor, target_ND: Tensor, down_DF: Tensor) -> Tensor:
@@ -126,13 +145,14 @@ def fit_down(
         z_TB.split(width, dim=1), base_features(experts, call, state, groups), strict=True
     ):
         z_TF.copy_(part_TF)
-    solution_BD = ridge_solve(z_TB.T @ z_TB, z_TB.T @ target_TD).to(z_TB.dtype)
-    # What no token reached keeps its own down projection: the solution would silence it.
-    own_BD = torch.cat([state[f"bases.{group}.down_proj.weight"].T for group in range(groups)])
-    solution_BD = torch.where(z_TB.any(0).unsqueeze(-1), solution_BD, own_BD)
+    solution_BD = ridge_fit(z_TB, target_TD)
+    left_TD = target_TD - z_TB @ solution_BD
     for group, down_FD in enumerate(solution_BD.chunk(groups)):
-        state[f"bases.{group}.down_proj.weight"] = down_FD.T.contiguous()
-    return target_TD - z_TB @ solution_BD
+        name = f"bases.{group}.down_proj.weight"
+        reached_F = z_TB[:, group * width : (group + 1) * width].any(0)
+        # What no token reached keeps its own down projection: the solution would silence it.
+        state[name] = torch.where(reached_F, down_FD.T, state[name]).contiguous()
+    return left_TD
 
 
 def fit_down_delta(z_NF: Tensor, left_ND: Tensor, rank: int) -> tuple[Tensor, Tensor]:
