@@ -9,10 +9,11 @@ every expert that a token chose of its group.
 
 Operations are counted as 2 a multiplication and addition, three times for forward and backward, of
 what our own step multiplies; elementwise work and the optimiser count as none. The matrix rate is
-that of one large product. Leaves ``distillation_speed-DEVICE.json`` and ``.md`` in ``results/``.
+that of one large product. Leaves ``distillation_speed-DEVICE-PRECISION.json`` and ``.md`` in
+``results/``.
 
     python benchmarks/distillation_speed.py
-    python benchmarks/distillation_speed.py --device cuda --tokens 1024 4096 16384
+    python benchmarks/distillation_speed.py --device cuda --precision bfloat16 --tokens 1024 16384
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.artifacts import write_json, write_text
-from moefuse.config import DistillConfig
+from moefuse.config import PRECISIONS, DistillConfig
 from moefuse.distillation.loop import distill_layer
 from moefuse.evaluation.machine import machine_meta
 from moefuse.mathematics.experts import ExpertsCall
@@ -116,10 +117,9 @@ def operations(call: ExpertsCall, tokens: int) -> float:
     return 6 * (bases + deltas)
 
 
-def seconds_of_step(way: str, call: ExpertsCall, tokens: int, steps: int, device: str) -> float:
+def seconds_of_step(way: str, call: ExpertsCall, options: DistillConfig, device: str) -> float:
     """Return the median wall time of a distillation step, warm."""
     student = make_student(way, device)
-    options = DistillConfig(steps=steps + WARM_UP, batch_tokens=tokens, held_back=1e-6)
     begun: list[float] = []
 
     def timed(numbers: Iterable[int]) -> Iterator[int]:
@@ -149,15 +149,17 @@ def matrix_rate(dtype: torch.dtype, device: str) -> float:
     return 2 * size**3 / best
 
 
-def measure(tokens: int, steps: int, device: str, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Time all ways of a step over ``tokens`` tokens."""
+def measure(options: DistillConfig, device: str, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Time all ways of a step."""
+    tokens = options.batch_tokens
     call = make_call(4 * tokens, device)
     count = operations(call, tokens)
     rows = []
     for way in WAYS:
-        spent = seconds_of_step(way, call, tokens, steps, device)
+        spent = seconds_of_step(way, call, options, device)
         shares = {f"share_of_{name}": count / spent / rate for name, rate in rates.items()}
-        rows.append({"way": way, "tokens": tokens, "seconds": spent, "operations": count, **shares})
+        facts = {"tokens": tokens, "precision": options.precision}
+        rows.append({"way": way, **facts, "seconds": spent, "operations": count, **shares})
     return rows
 
 
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, nargs="+", default=[DistillConfig().batch_tokens])
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     given = parser.parse_args()
     kinds = (torch.bfloat16, torch.float32)
@@ -196,15 +199,25 @@ def main() -> None:
     rows = [
         row
         for tokens in given.tokens
-        for row in measure(tokens, given.steps, given.device, rates)
+        for row in measure(
+            DistillConfig(
+                steps=given.steps + WARM_UP,
+                batch_tokens=tokens,
+                held_back=1e-6,
+                precision=given.precision,
+            ),
+            given.device,
+            rates,
+        )
     ]
     meta = machine_meta(
-        f"python benchmarks/distillation_speed.py --device {given.device}",
+        f"python benchmarks/distillation_speed.py --device {given.device} "
+        f"--precision {given.precision}",
         device=given.device,
         threads=torch.get_num_threads(),
         rates=rates,
     )
-    name = "distillation_speed-" + torch.device(given.device).type
+    name = f"distillation_speed-{torch.device(given.device).type}-{given.precision}"
     write_json(given.out / f"{name}.json", {"meta": meta, "rows": rows})
     write_text(given.out / f"{name}.md", render(meta, rows))
     print(render(meta, rows))

@@ -333,10 +333,11 @@ def estimate(
     layer = shape.experts * 3 * shape.hidden * shape.intermediate + teacher.largest_outside_layer
     streaming = (layer + teacher.embedding) * working_itemsize + READ_BUFFER_BYTES
     distilling = call + int(per_layer) * 4 * 5
+    fitting = fitting_bytes(teacher, plan, factor)
     return Estimate(
         seconds=operations / (rate * REACHED_SHARE) + read,
         disk_bytes=plan.bytes + factors + layers * call + hidden,
-        memory_bytes=RUNTIME_BYTES + max(streaming, distilling, fitting_bytes(teacher, plan, factor)),
+        memory_bytes=RUNTIME_BYTES + max(streaming, distilling, fitting),
     )
 
 
