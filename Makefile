@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check quality arena ablation healing healing-memory spectra benchmarks clean
+.PHONY: demo test check quality arena ablation healing healing-memory spectra larger-than-memory closed-form \
+	distillation-speed clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -41,6 +42,18 @@ spectra: $(VENV)/installed
 # Peak memory of the loss of healing, in chunks and from whole logits.
 healing-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/healing_memory.py
+
+# Peak memory and waiting for the disk on layers of DeepSeek-V3's shapes; 12 GB of disk.
+larger-than-memory: $(VENV)/installed
+	$(BIN)/python benchmarks/larger_than_memory.py
+
+# Grouping, alignment and factoring of one DeepSeek-Coder-V2-Lite layer, stage by stage.
+closed-form: $(VENV)/installed
+	$(BIN)/python benchmarks/closed_form.py
+
+# Distillation of that layer, against a plain loop over experts and the device's matrix rate.
+distillation-speed: $(VENV)/installed
+	$(BIN)/python benchmarks/distillation_speed.py
 
 # torch is installed by its exact version first, so that a plain "torch" never replaces it.
 $(VENV)/installed: pyproject.toml

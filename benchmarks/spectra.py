@@ -43,7 +43,7 @@ from moefuse.console import say
 from moefuse.demo.run import HELD_OUT_TOKENS
 from moefuse.distillation.loop import distill_layer, metric_root
 from moefuse.evaluation.machine import machine_meta
-from moefuse.fusion.choose import expert_weights, factor
+from moefuse.fusion.choose import factor
 from moefuse.fusion.keep import Kept, keep
 from moefuse.fusion.plan_neurons import choices_of
 from moefuse.grouping.assign import group_layer
@@ -145,12 +145,12 @@ class LayerBench:
         self.bench, self.layer = bench, layer
         self.job = bench.low_rank
         self.statistics = self.job.store.statistics(layer)
-        self.experts: Experts = self.job.experts(layer)
+        self.experts: Experts = self.job.experts(layer).in_fp32()
 
     @property
     def weights(self) -> list[Any]:
         """All experts' weights."""
-        return [expert_weights(self.experts, e) for e in range(len(self.experts.down_EDF))]
+        return [self.experts.weights(e) for e in range(len(self.experts.down_EDF))]
 
     @cached_property
     def fit(self) -> ExpertsCall:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 from dataclasses import dataclass
@@ -96,14 +97,16 @@ def run_elsewhere(
     die_at: int | None = None,
     by: signal.Signals = signal.SIGKILL,
     die_after: float | None = None,
+    largest: int | None = None,
 ) -> int:
     """Run the command line in another process and return its exit status, minus a signal's.
 
     Its words go to ``log``. Just before it changes the file system for the ``die_at``-th time it
     sends itself the signal ``by``; without that it leaves a list of all changes in ``log`` +
-    ``.changes``. After ``die_after`` seconds it is killed from outside, whatever it is doing.
+    ``.changes``. After ``die_after`` seconds it is killed from outside, whatever it is doing. No
+    file may get more than ``largest`` bytes.
     """
-    process = _server.Process(target=_run, args=(log, [*map(str, arguments)], die_at, by))
+    process = _server.Process(target=_run, args=(log, [*map(str, arguments)], die_at, by, largest))
     process.start()
     process.join(die_after)
     if process.is_alive() and die_after is not None:
@@ -118,7 +121,13 @@ def changes(log: Path) -> list[list[str]]:
     return json.loads(Path(f"{log}.changes").read_text())
 
 
-def _run(log: Path, arguments: list[str], die_at: int | None, by: signal.Signals) -> None:
+def _run(
+    log: Path,
+    arguments: list[str],
+    die_at: int | None,
+    by: signal.Signals,
+    largest: int | None,
+) -> None:
     import torch
 
     from moefuse.cli import main
@@ -126,6 +135,8 @@ def _run(log: Path, arguments: list[str], die_at: int | None, by: signal.Signals
     torch.set_num_threads(1)
     # A shell's background job, as CI may be, starts its processes deaf to Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -5,6 +5,7 @@ renamed, so that a kill at any instant leaves either the old file or the new one
 is left to do by looking at which files exist.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -13,13 +14,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from moefuse.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced" + TEMPORARY_SUFFIX
+# No space, a quota that is used up, a file larger than the file system or the shell allows.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _flush(path: Path) -> None:
@@ -37,15 +42,42 @@ def _umask() -> int:
     return current
 
 
+def disk_full(error: BaseException, path: Path | None = None) -> UserError | None:
+    """Return what to tell where ``error`` is that of a full disk; None where it is another one.
+
+    ``path`` is what was written, where the error does not say.
+    """
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError):  # which has the number in its text alone
+        number = next((n for n in FULL if f"(os error {n})" in str(error)), None)
+    if number not in FULL:
+        return None
+    place = path or getattr(error, "filename", None)
+    return UserError(
+        f"The disk that holds {place or 'the output'} is full ({os.strerror(number)}); what is "
+        "finished is kept: free space there and run the same command again."
+    )
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Run ``write(temporary)`` and rename the finished, flushed file to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Run ``write(temporary)`` and rename the finished, flushed file to ``path``.
+
+    Raises ``UserError`` where the disk is full, and takes back what was written of this file.
+    """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    write(temporary)
-    temporary.chmod(0o666 & ~_umask())
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        full = disk_full(error, path)
+        if full is None:
+            raise
+        temporary.unlink(missing_ok=True)
+        raise full from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from moefuse.artifacts import disk_full
 from moefuse.config import (
     AssembleConfig,
     CalibrateConfig,
@@ -665,3 +666,9 @@ def main() -> None:
     except (KeyboardInterrupt, _InterruptedError):
         errors.print("moefuse: interrupted; the same command goes on from here.", markup=False)
         sys.exit(130)
+    except Exception as error:
+        full = disk_full(error)
+        if full is None:
+            raise
+        errors.print(f"moefuse: {full}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)

@@ -193,7 +193,7 @@ def describe(job: Job, layer: int, call: ExpertsCall | None = None) -> Layer:
         job.reader.family,
         job.teacher.config,
         block,
-        job.experts(layer),
+        job.experts(layer).in_fp32(),
         job.store.statistics(layer),
         sample.to(job.device),
         job.compute.seed,

@@ -72,6 +72,7 @@ class CalibrateConfig:
 
 LOSSES = ("auto", "output", "logits")
 INPUTS = ("auto", "teacher", "student")
+PRECISIONS = ("float32", "bfloat16")
 BITS = ("auto", "1", "2", "4", "16")
 SPREADS = ("model", "layer")
 FORMS = ("auto", "low-rank", "neurons")
@@ -234,6 +235,12 @@ class DistillConfig:
         "it receives above the students of lower layers, so that it can mend their errors; auto, "
         "student for own neurons.",
         choices=INPUTS,
+    )
+    precision: str = setting(
+        "float32",
+        "What distillation's matrix products compute in: float32 or bfloat16, which GPUs are far "
+        "faster at. Weights and optimiser stay in float32.",
+        choices=PRECISIONS,
     )
     held_back: float = setting(
         0.05, "Share of the tokens that only measure.", at_least=0, at_most=0.5

@@ -47,13 +47,20 @@ from moefuse.fusion.keep import Kept, keep
 from moefuse.fusion.neurons import importance
 from moefuse.fusion.plan import expert_budget, settled_plan
 from moefuse.fusion.plan_neurons import choices_of
-from moefuse.grouping.assign import group_layer
+from moefuse.grouping.assign import BY_WEIGHTS, group_layer
 from moefuse.job_inputs import JobInputs
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
 from moefuse.measuring import UNMEASURED, measure_student
 from moefuse.modeling.training import TrainedNeuronExperts
-from moefuse.places import check_new, check_output, check_outside, check_own, existing_parent
+from moefuse.places import (
+    check_new,
+    check_output,
+    check_outside,
+    check_own,
+    existing_parent,
+    size_of,
+)
 from moefuse.sizes import Plan, make_experts
 
 STAGES = (
@@ -224,17 +231,20 @@ class Job(JobInputs):
             if inner.resolve().is_relative_to(out.resolve()):
                 raise UserError(f"The {name} {inner} lies in the output {out}; keep them apart.")
 
-    def preflight(self) -> None:
-        """Check whatever can be checked before any work; raises ``UserError``."""
+    def preflight(self, out: Path) -> None:
+        """Check whatever can be checked before any work; raises ``UserError``.
+
+        The student will be written to ``out``. What an interrupted run left counts as there.
+        """
         _ = self.plan, self.teacher, self.batches, self.held_out
-        free = shutil.disk_usage(existing_parent(self.work)).free
         needed = self.estimate.disk_bytes * SPARE_DISK_SHARE + self._measuring_bytes
-        if needed > free:
-            raise UserError(
-                f"Too little disk: the job needs about {needed / 1e9:.2f} GB at {self.work}, where "
-                f"{free / 1e9:.2f} GB are free; make room, choose another --work, or calibrate on "
-                "fewer --tokens."
-            )
+        needed -= sum(size_of(directory) for directory in self._directories())
+        student = self.plan.bytes * SPARE_DISK_SHARE
+        if existing_parent(out).stat().st_dev != existing_parent(self.work).stat().st_dev:
+            needed -= student
+            _check_room(out, student, "the student", "make room, or choose another output.")
+        advice = "make room, choose another --work, or calibrate on fewer --tokens."
+        _check_room(self.work, needed, "the job", advice)
 
     @property
     def _measuring_bytes(self) -> int:
@@ -271,9 +281,10 @@ class Job(JobInputs):
             self._measure_energies()
             return
         for layer, path in self._todo(self.groups_directory, "json", "Group"):
+            needed = self.grouping.grouping in BY_WEIGHTS
             groups = group_layer(
                 self._calibrated(layer),
-                self.experts(layer),
+                self.experts(layer) if needed else None,
                 self.plan.layers[layer].groups,
                 self.grouping.grouping,
             )
@@ -501,15 +512,20 @@ class Job(JobInputs):
 
     def forget(self) -> None:
         """Remove what earlier runs of this very job left."""
-        for directory in (
+        for directory in self._directories():
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _directories(self) -> list[Path]:
+        """Return where this job leaves its artifacts."""
+        found = [
             self.store.directory,
             *([self.sensitivity_directory] if self.sensitivity_directory else []),
             self.energies_directory if self.uses_neurons else self.groups_directory,
             self.factors_directory,
             self.distilled_directory,
             *self._measured_directories(),
-        ):
-            shutil.rmtree(directory, ignore_errors=True)
+        ]
+        return list(dict.fromkeys(found))
 
     def _measured_directories(self) -> list[Path]:
         if self.held_out is None:
@@ -522,11 +538,14 @@ class Job(JobInputs):
     # What the stages work on.
 
     def experts(self, layer: int) -> Experts:
-        """Read one layer's routed experts, on the device and in fp32."""
-        gate_up_EFD, down_EDF = self.reader.read_experts(layer)
-        # One after the other under its old name, so that what was stored goes when converted.
-        gate_up_EFD = gate_up_EFD.to(self.device, torch.float32)
-        down_EDF = down_EDF.to(self.device, torch.float32)
+        """Read one layer's routed experts, on the device and in the stored dtype.
+
+        Meanwhile those of the next layer are read from the disk into the system's cache.
+        """
+        gate_up_EFD, down_EDF = self.reader.read_experts(layer, device=self.device)
+        following = next((n for n in self.reader.shape.layers if n > layer), None)
+        if following is not None:
+            self.reader.read_ahead(following, outside=False)
         return Experts(gate_up_EFD, down_EDF, self.activation(layer))
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
@@ -596,6 +615,16 @@ def jobs_of(
     return job_for
 
 
+def _check_room(place: Path, needed: float, what: str, advice: str) -> None:
+    """Raise ``UserError`` unless ``needed`` bytes are free where ``place`` is or will be."""
+    free = shutil.disk_usage(existing_parent(place)).free
+    if needed > free:
+        raise UserError(
+            f"Too little disk: {what} needs about {needed / 1e9:.2f} GB at {place}, where "
+            f"{free / 1e9:.2f} GB are free; {advice}"
+        )
+
+
 def _missing(stage: str, work: Path) -> UserError:
     return UserError(
         f"{work} has no artifacts of '{stage}' for these settings; run 'moefuse {stage}' with the "
@@ -608,7 +637,9 @@ class FuseResult:
     """What ``fuse`` made: where, how large, how true to the teacher, at what cost.
 
     ``errors`` are each layer's relative errors before and after distillation, ``seconds`` the wall
-    time of this run, ``peak_bytes`` the peak resident memory of this process.
+    time of this run, ``waited_seconds`` how much of it passed in waiting for the checkpoint's disk,
+    ``peak_bytes`` the peak resident memory of this process, ``peak_device_bytes`` the most that
+    tensors took on the GPU, None without one.
     """
 
     out: Path
@@ -616,6 +647,8 @@ class FuseResult:
     errors: dict[int, dict[str, float]]
     seconds: float
     peak_bytes: int
+    waited_seconds: float
+    peak_device_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -660,14 +693,22 @@ def fuse(
     finished = resume and _is_output_of(out, job)
     if not finished:
         check_output(out, overwrite=overwrite)
-        job.preflight()
+        job.preflight(out)
         if not resume:
             job.forget()
         for stage in (job.calibrate, job.group, job.factor, job.distill):
             stage()
         job.assemble(out)
     artifacts.remove_replaced(out)
-    result = FuseResult(out, job.true_plan, job.errors(), time.monotonic() - start, peak_memory())
+    result = FuseResult(
+        out,
+        job.true_plan,
+        job.errors(),
+        seconds=time.monotonic() - start,
+        peak_bytes=peak_memory(),
+        waited_seconds=job.reader.waited_seconds,
+        peak_device_bytes=peak_device_memory(job.device),
+    )
     if work is None:
         shutil.rmtree(own_work)
     return result
@@ -688,3 +729,8 @@ def peak_memory() -> int:
     """Return the peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory(device: str) -> int | None:
+    """Return the most bytes that tensors have taken on a GPU so far; None for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None

@@ -65,3 +65,8 @@ def check_own(work: Path, starts: Iterable[str]) -> None:
             f"{strangers[0]} is none of moefuse's files, and {work} is removed in the end; choose "
             "another output or a --work directory."
         )
+
+
+def size_of(directory: Path) -> int:
+    """Return how many bytes the files in ``directory`` and below have; 0 where it is not there."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -253,3 +253,17 @@ def test_students_with_nothing_to_train_but_deltas_or_bases_are_distilled() -> N
     result = distill_layer(frozen, CALL, OPTIONS)
     assert result.after < result.before
     assert same_bits(frozen.bases, perturbed().bases)
+
+
+def test_in_bfloat16_it_learns_as_well_and_keeps_float32() -> None:
+    options = replace(OPTIONS, steps=300)
+    exact, _ = distilled(options=options)
+    student = perturbed()
+
+    result = distill_layer(student, CALL, replace(options, precision="bfloat16"))
+
+    assert {tensor.dtype for tensor in student.parameters()} == {torch.float32}
+    assert not same_bits(student, exact)
+    power = float(CALL.y_TD.square().mean())
+    assert result.after < 0.05 * result.before
+    assert result.after < 2 * measure(exact, CALL, power, 64) + 1e-3

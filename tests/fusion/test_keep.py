@@ -86,7 +86,7 @@ def test_every_expert_gets_its_own_neurons_at_their_bits(seed: int) -> None:
     latents = kept(bits_EF, LOW_BITS).latents
     made = kept(bits_EF, LOW_BITS).module
 
-    rows_PND = layer_neurons(EXPERTS)
+    rows_PND = layer_neurons(EXPERTS, torch.arange(E * F))
     for number, bits in enumerate(LOW_BITS[1:], start=1):
         chosen = (bits_EF == number).flatten().nonzero().flatten()
         if bits != "16" and len(chosen):
@@ -100,7 +100,7 @@ def test_every_expert_gets_its_own_neurons_at_their_bits(seed: int) -> None:
 
 
 def test_neurons_are_gate_up_and_down_rows() -> None:
-    gate_D, up_D, down_D = layer_neurons(EXPERTS)[:, 2 * F + 3]
+    gate_D, up_D, down_D = layer_neurons(EXPERTS, torch.tensor([2 * F + 3]))[:, 0]
 
     assert torch.equal(gate_D, EXPERTS.gate_up_EFD[2, 3])
     assert torch.equal(up_D, EXPERTS.gate_up_EFD[2, F + 3])
@@ -154,7 +154,7 @@ def test_all_left_over_neurons_shared_whole_are_the_teacher() -> None:
 def test_an_expert_that_was_never_chosen_takes_the_mean_gains_of_the_others() -> None:
     recorded = call(experts=E - 1)
     owned_EF = best(10).bool()
-    shared_PSD = layer_neurons(EXPERTS)[:, shared_neurons(ENERGY_EF, owned_EF, 5)]
+    shared_PSD = layer_neurons(EXPERTS, shared_neurons(ENERGY_EF, owned_EF, 5))
 
     gain_ES = fit_shared_gains(EXPERTS, recorded, owned_EF, shared_PSD)
 
@@ -185,7 +185,7 @@ def test_without_own_neurons_shared_ones_are_fitted_to_the_whole_layer(metric: b
     layer = LayerPlan(neurons={}, shared=5)
     made = keep(EXPERTS, CALL, ENERGY_EF, nothing_EF, FULL, layer, root_DD)
     values_PSD = made.module.shared.weight.detach()  # type: ignore[union-attr, operator]
-    rows_PND = layer_neurons(EXPERTS)
+    rows_PND = layer_neurons(EXPERTS, torch.arange(E * F))
 
     assert made.module.gain.weight.eq(1).all()  # type: ignore[union-attr]
     for place in range(5):

@@ -21,6 +21,7 @@ from moefuse.fusion.neurons import (
     fit_neurons,
     importance,
     neurons,
+    ridge_fit,
     ridge_solve,
     rows_of_expert,
     select_neurons,
@@ -579,3 +580,16 @@ def test_neurons_without_scales_are_told() -> None:
 def test_a_bias_starts_as_nothing() -> None:
     for base in ("mean", "neurons"):
         assert not factored(base, LayerPlan(3, 1), bias=True).state["bias"].any()
+
+
+@pytest.mark.parametrize("tokens", [7, 60])
+def test_few_tokens_give_the_solution_of_the_normal_equations(tokens: int) -> None:
+    z_TB, target_TD = normal(tokens, 20, seed=1), normal(tokens, 9, seed=2)
+
+    solution_BD = ridge_fit(z_TB, target_TD)
+
+    gram_BB = z_TB.T.double() @ z_TB.double()
+    ridge_BB = 1e-3 * gram_BB.diagonal().mean() * torch.eye(20)
+    expected = torch.linalg.solve(gram_BB + ridge_BB, z_TB.T.double() @ target_TD.double())
+    assert_close(solution_BD, expected.float(), 1e-4)
+    assert not ridge_fit(torch.zeros(tokens, 20), target_TD).any()

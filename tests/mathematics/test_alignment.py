@@ -136,7 +136,7 @@ def test_a_group_of_one_function_in_disguise_becomes_one_set_of_weights() -> Non
     expert = random_expert(3, 16, 12)
     members = [disguised(expert, seed)[0] for seed in range(5)]
 
-    aligned = align_group(members, torch.tensor([0.1, 0.4, 0.2, 0.2, 0.1]))
+    aligned = list(align_group(members, torch.tensor([0.1, 0.4, 0.2, 0.2, 0.1])))
 
     for member in aligned[1:]:
         assert_same_weights(member, aligned[0])
@@ -146,7 +146,7 @@ def test_a_group_of_one_function_in_disguise_becomes_one_set_of_weights() -> Non
 def test_aligning_a_group_changes_no_members_output() -> None:
     members = [random_expert(seed, 16, 12) for seed in range(4)]
 
-    aligned = align_group(members, torch.full((4,), 0.25))
+    aligned = list(align_group(members, torch.full((4,), 0.25)))
 
     for before, after in zip(members, aligned, strict=True):
         assert_close(run(after, inputs(16)), run(before, inputs(16)))

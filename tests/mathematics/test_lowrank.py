@@ -171,3 +171,50 @@ def test_damping_lowers_the_condition_number_step_by_step() -> None:
 
     assert conditions == sorted(conditions, reverse=True)
     assert conditions[-1] == pytest.approx(1.0)
+
+
+def spectrum(kind: str) -> torch.Tensor:
+    """Return a matrix too large to be decomposed whole, whose singular values go down somehow."""
+    generator = torch.Generator().manual_seed(3)
+    rows, columns = 700, 560
+
+    def noise(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    if kind == "flat":
+        return noise(rows, columns)
+    if kind == "rank 3":
+        return noise(rows, 3) @ noise(3, columns)
+    if kind == "zero":
+        return torch.zeros(rows, columns)
+    left, right = (torch.linalg.qr(noise(size, columns)).Q for size in (rows, columns))
+    return left * torch.arange(1, columns + 1) ** -0.5 @ right.T
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("kind", ["flat", "decaying", "rank 3", "zero"])
+def test_of_a_large_matrix_next_to_nothing_is_lost(kind: str, turned: bool) -> None:
+    matrix_OI = spectrum(kind).T if turned else spectrum(kind)
+    best = torch.linalg.svdvals(matrix_OI.double())[6:].square().sum()
+
+    b_OR, a_RI = low_rank(matrix_OI, 6)
+
+    assert (b_OR.shape, a_RI.shape) == ((len(matrix_OI), 6), (6, matrix_OI.shape[1]))
+    left = (matrix_OI - b_OR @ a_RI).double().square().sum()
+    assert left <= best + 2e-5 * matrix_OI.double().square().sum()
+    again = low_rank(matrix_OI, 6)
+    assert torch.equal(b_OR, again[0])
+    assert torch.equal(a_RI, again[1])
+
+
+def test_large_matrices_of_a_batch_are_factored_one_by_one() -> None:
+    matrices = torch.stack([spectrum("flat"), spectrum("decaying")])
+
+    b_NOR, a_NRI = low_rank(matrices, 4)
+
+    for matrix_OI, b_OR, a_RI in zip(matrices, b_NOR, a_NRI, strict=True):
+        expected = low_rank(matrix_OI, 4)
+        assert torch.equal(b_OR, expected[0])
+        assert torch.equal(a_RI, expected[1])
+    norms_NR = b_NOR.norm(dim=1)
+    assert_close(norms_NR, a_NRI.norm(dim=2), 1e-4)

@@ -155,7 +155,7 @@ def _backward_layer(
     hidden = teacher.config.hidden_size
     fisher_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
     partial = artifacts.partial_directory(_gradient(directory, layer))
-    with teacher.loaded(layer) as module:
+    with teacher.loaded(layer, following=layer - 1) as module:
         for number, batch in enumerate(track(batches, f"Sensitivity of layer {layer}")):
             passed_BSD, at_experts_TD = _gradients(
                 teacher,

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     shard: str
     """File name, relative to the checkpoint."""
+    begin: int = field(default=0, compare=False)
+    """Where its bytes begin in the shard; 0 where only the hub's headers are known."""
 
     @property
     def numel(self) -> int:
@@ -314,7 +316,7 @@ def _parse_header(path: Path, shard: str, text: bytes, data_bytes: int) -> list[
     tensors: list[TensorInfo] = []
     for name, entry in header.items():
         tensor, begin, end = _parse_entry(path, shard, name, entry)
-        tensors.append(tensor)
+        tensors.append(replace(tensor, begin=8 + len(text) + begin))
         places.append((begin, end, name))
     _check_places(path, places, data_bytes)
     return tensors

@@ -4,6 +4,8 @@ A shard is mapped only while tensors are copied out of it and is mapped afresh f
 :data:`MAPPED_BYTES`, because pages that were once read stay resident as long as the mapping does;
 so reading a whole model never holds more than what the caller keeps plus that much. The cost
 against one long-lived mapping is parsing the shard's header again, a millisecond or two each time.
+What is about to be copied out is read by a thread first (see ``read_ahead``), and what comes after
+it too where somebody says what that is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +36,7 @@ from moefuse.checkpoint.headers import (
     read_weight_map,
 )
 from moefuse.checkpoint.promises import check_experts, check_plain_floats
+from moefuse.checkpoint.read_ahead import Range, ReadAhead
 from moefuse.console import track
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families, family_of
@@ -103,28 +106,32 @@ class CheckpointReader:
         single tensors as in the checkpoint; ``experts=False`` leaves them out.
         """
         prefix = self.family.layer_prefix(layer)
-        routed = self.family.experts_prefix(layer)
-        names = [
-            name for name in self._by_layer.get(layer, ()) if experts or not name.startswith(routed)
-        ]
         found: dict[str, Tensor] = {}
 
         def take(name: str, mapped: Tensor) -> None:
             found[self.family.module_name(name).removeprefix(prefix)] = mapped.clone()
 
-        self._visit(names, take)
+        own, routed = self._names(layer)
+        self._visit(own + routed if experts else own, take)
         return found
 
-    def read_experts(self, layer: int) -> tuple[Tensor, Tensor]:
+    def read_experts(
+        self,
+        layer: int,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return a layer's routed experts as ``gate_up`` (E, 2F, D) and ``down`` (E, D, F).
 
-        Gate rows come first; both are on the CPU in the stored dtype.
+        Gate rows come first; both are on ``device`` in ``dtype``, by default the stored one. They
+        are converted one by one, so that no second copy of the layer is ever there.
         """
         shape, width = self.shape, self.shape.intermediate
         names = [self.family.expert_names(layer, expert) for expert in range(shape.experts)]
-        sample = self.read(names[0].gate)
-        gate_up = sample.new_empty((shape.experts, 2 * width, shape.hidden))
-        down = sample.new_empty((shape.experts, shape.hidden, width))
+        place = {"dtype": dtype or self.read(names[0].gate).dtype, "device": device}
+        gate_up = torch.empty((shape.experts, 2 * width, shape.hidden), **place)
+        down = torch.empty((shape.experts, shape.hidden, width), **place)
         places: dict[str, Tensor] = {}
         for expert, name in enumerate(names):
             places[name.gate] = gate_up[expert, :width]
@@ -132,6 +139,24 @@ class CheckpointReader:
             places[name.down] = down[expert]
         self._visit(list(places), lambda name, mapped: places[name].copy_(mapped))
         return gate_up, down
+
+    def read_ahead(self, layer: int, *, outside: bool = True, experts: bool = True) -> None:
+        """Begin to read a layer's tensors from the disk while others are worked on.
+
+        ``outside`` and ``experts`` say whether those beside its routed experts and these are
+        wanted. Raises ``OSError`` where what was begun before could not be read.
+        """
+        own, routed = self._names(layer)
+        names = [
+            *self._in_order(own if outside else []),
+            *self._in_order(routed if experts else []),
+        ]
+        self._ahead.start([self._range(name) for name in names])
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long callers have waited for the disk so far."""
+        return self._ahead.waited_seconds
 
     def outside_names(self) -> list[str]:
         """Return the tensors under no decoder layer: embeddings, final norm, head.
@@ -151,6 +176,7 @@ class CheckpointReader:
                     "or infinity, so nothing sound can come of it; download the checkpoint again."
                 )
 
+        self._ahead.start([self._range(name) for name in self.tensors])
         for name in track(self.tensors, "Checking weights"):
             self._visit([name], check)
 
@@ -177,20 +203,49 @@ class CheckpointReader:
                 grouped.setdefault(layer, []).append(name)
         return grouped
 
+    @cached_property
+    def _ahead(self) -> ReadAhead:
+        return ReadAhead()
+
+    def _range(self, name: str) -> Range:
+        tensor = self.tensors[name]
+        return Range(name, self._paths[tensor.shard], tensor.begin, tensor.nbytes)
+
+    @cached_property
+    def _paths(self) -> dict[str, Path]:
+        """The path of every shard; following links for each tensor anew would take seconds."""
+        shards = {tensor.shard for tensor in self.tensors.values()}
+        return {shard: contained_path(self.directory, shard) for shard in shards}
+
+    def _names(self, layer: int) -> tuple[list[str], list[str]]:
+        """Return the names of a layer's tensors beside its routed experts, and of those."""
+        routed = self.family.experts_prefix(layer)
+        parts: tuple[list[str], list[str]] = ([], [])
+        for name in self._by_layer.get(layer, ()):
+            parts[name.startswith(routed)].append(name)
+        return parts
+
+    def _in_order(self, names: list[str]) -> list[str]:
+        """Sort names by where their bytes lie."""
+        return sorted(names, key=lambda name: (self.tensors[name].shard, self.tensors[name].begin))
+
     def _visit(self, names: list[str], take: Callable[[str, Tensor], object]) -> None:
         """Call ``take(name, tensor)`` for each name; the tensor is a view of the mapped shard.
 
         A callback and not a generator, so that no suspended frame keeps a shard mapped.
         """
+        if len(names) > 1:
+            self._ahead.start([self._range(name) for name in self._in_order(names)])
         for shard, batch in self._batches(names):
-            with safe_open(contained_path(self.directory, shard), framework="pt") as file:
+            self._ahead.wait_for(batch)
+            with safe_open(self._paths[shard], framework="pt") as file:
                 for name in batch:
                     take(name, file.get_tensor(name))
 
     def _batches(self, names: list[str]) -> Iterator[tuple[str, list[str]]]:
         """Split names into runs of one shard and at most ``MAPPED_BYTES`` (or one tensor)."""
         shard, batch, held = "", [], 0
-        for tensor in sorted((self.tensors[name] for name in names), key=lambda t: t.shard):
+        for tensor in (self.tensors[name] for name in self._in_order(names)):
             if batch and (tensor.shard != shard or held + tensor.nbytes > MAPPED_BYTES):
                 yield shard, batch
                 batch, held = [], 0

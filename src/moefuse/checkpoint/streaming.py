@@ -158,10 +158,18 @@ class StreamedTeacher:
         return hidden_BSD, [recorder.received for recorder in recorders]
 
     @contextmanager
-    def loaded(self, layer: int) -> Iterator[nn.Module]:
-        """Hold one decoder layer's weights in memory, on the device and in the working dtype."""
+    def loaded(self, layer: int, *, following: int | None = None) -> Iterator[nn.Module]:
+        """Hold one decoder layer's weights in memory, on the device and in the working dtype.
+
+        Meanwhile the layer ``following``, by default the next one, is read from the disk into the
+        operating system's cache. Raises ``OSError`` where a weight cannot be read.
+        """
         module = self.layers[layer]
+        self.reader.read_ahead(layer)
         module.load_state_dict(self._layer_state(layer), strict=True, assign=True)
+        following = layer + 1 if following is None else following
+        if 0 <= following < len(self.layers):
+            self.reader.read_ahead(following)
         try:
             yield module
         finally:
@@ -194,12 +202,14 @@ class StreamedTeacher:
 
     def _layer_state(self, layer: int) -> dict[str, Tensor]:
         family = self.reader.family
+        expected = self.layers[layer].state_dict()
         stored = self.reader.read_layer(layer, experts=False)
         if layer in self.reader.shape.layers:
             path = f"{family.moe_name}.{family.experts_name}"
             gate_up_path, down_path = f"{path}.gate_up_proj", f"{path}.down_proj"
-            stored[gate_up_path], stored[down_path] = self.reader.read_experts(layer)
-        expected = self.layers[layer].state_dict()
+            stored[gate_up_path], stored[down_path] = self.reader.read_experts(
+                layer, device=self.device, dtype=expected[gate_up_path].dtype
+            )
         # Popped, so that what is stored in another dtype goes as soon as it is converted.
         return {name: stored.pop(name).to(self.device, expected[name].dtype) for name in expected}
 

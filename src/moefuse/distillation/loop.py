@@ -54,6 +54,7 @@ def distill_layer(
     if metric_root_DD is not None:
         call = replace(call, y_TD=call.y_TD.float() @ metric_root_DD)
         student = _Felt(student, metric_root_DD)
+    device = call.x_TD.device.type
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(call.x_TD), generator=generator)
     held = max(1, round(len(order) * options.held_back))
@@ -73,7 +74,9 @@ def distill_layer(
     for _ in progress(range(options.steps)):
         rows = training[torch.randint(len(training), (options.batch_tokens,), generator=generator)]
         part = call.rows(rows)
-        loss = relative_error(student_output(student, part), part.y_TD, power)
+        with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            output_TD = student_output(student, part)
+        loss = relative_error(output_TD, part.y_TD, power)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

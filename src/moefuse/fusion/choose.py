@@ -7,6 +7,7 @@ err far less. Which of the two serves a layer better is measured, not guessed.
 Shape suffixes: E experts, D hidden width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from moefuse.config import FactorConfig
 from moefuse.fusion.factor import factor_layer
 from moefuse.fusion.neurons import fit_neurons
-from moefuse.mathematics.alignment import ExpertWeights, align
+from moefuse.mathematics.alignment import TINY, ExpertWeights, match_all
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of
 from moefuse.mathematics.statistics import LayerStatistics
@@ -46,9 +47,9 @@ def factor(
 ) -> Factored:
     """Make one layer's bases and deltas in the way that errs least.
 
-    ``experts`` and ``call`` in fp32 on one device; of the call's tokens the first
-    ``options.fit_tokens`` are fitted to and the others judge (the same, where there are no others);
-    ``group_of_expert`` (E,) integers on that device.
+    ``experts`` in any float dtype and ``call`` in fp32 on one device; of the call's tokens the
+    first ``options.fit_tokens`` are fitted to and the others judge (the same, where there are no
+    others); ``group_of_expert`` (E,) integers on that device.
     """
     tokens = len(call.x_TD)
     fit = call.rows(slice(0, options.fit_tokens))
@@ -60,7 +61,8 @@ def factor(
         else:
             state = fit_neurons(experts, fit, group_of_expert, plan.rank)
         if options.bias:
-            state.setdefault("bias", torch.zeros_like(experts.gate_up_EFD[..., 0]))
+            zeros = {"dtype": torch.float32, "device": experts.gate_up_EFD.device}
+            state.setdefault("bias", torch.zeros(experts.gate_up_EFD.shape[:2], **zeros))
         tried.append(_judged(state, base, experts, plan, judge))
     return min(tried, key=lambda factored: factored.error)
 
@@ -95,21 +97,23 @@ def resemblance(experts: Experts, mass_E: Tensor, group_of_expert: Tensor) -> fl
     Their neurons are aligned first; groups of one do not count, and without any larger group the
     similarity is 1.
     """
-    similarities = []
+    heaviest: list[list[int]] = []
     for group in group_of_expert.unique().tolist():
         members = (group_of_expert == group).nonzero().flatten().cpu()
-        heaviest = members[mass_E.cpu()[members].sort(descending=True, stable=True).indices[:2]]
-        if len(heaviest) == 2:
-            first, second = (expert_weights(experts, e).balanced() for e in heaviest.tolist())
-            one, other = first.flat(), align(first, second).flat()
-            similarities.append(float(torch.cosine_similarity(one, other, dim=0)))
-    return sum(similarities) / len(similarities) if similarities else 1.0
+        order = mass_E.cpu()[members].sort(descending=True, stable=True).indices
+        heaviest.append(members[order[:2]].tolist())
+    norms: list[float] = []
 
+    def pairs() -> Iterator[tuple[ExpertWeights, ExpertWeights]]:
+        for members in heaviest:
+            if len(members) == 2:
+                one, other = (experts.weights(e).balanced() for e in members)
+                norms.append(float(one.norm() * other.norm()))
+                yield one, other
 
-def expert_weights(experts: Experts, expert: int) -> ExpertWeights:
-    """Return one expert's gate, up and down projections."""
-    gate_FD, up_FD = experts.gate_up_EFD[expert].chunk(2)
-    return ExpertWeights(gate_FD, up_FD, experts.down_EDF[expert])
+    alike = [inner for *_, inner in match_all(pairs())]
+    cosines = [inner / max(norm, TINY) for inner, norm in zip(alike, norms, strict=True)]
+    return sum(cosines) / len(cosines) if cosines else 1.0
 
 
 def _mean(

@@ -9,37 +9,44 @@ low-rank approximation of what the base leaves. Each half step lowers
 with ``S`` the (damped) second moment of the inputs; the identity by default, because raw second
 moments are dominated by a few directions (design, section 4).
 
+One group's members are in fp32 at a time, aligned one by one, whatever the layer's own dtype.
+
 Shape suffixes: E experts, M members of a group, O outputs, I inputs, D hidden width, F neurons,
 R rank.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moefuse.config import FactorConfig
-from moefuse.mathematics.alignment import ExpertWeights, align
+from moefuse.mathematics.alignment import ExpertWeights, Members, match_all
 from moefuse.mathematics.lowrank import damped, low_rank, symmetric_root
 
 MASS_FLOOR = 1e-3
 """Share of the mean mass that an expert counts for at least, so that none is forgotten."""
 
 
-def align_group(members: list[ExpertWeights], weight_M: Tensor) -> list[ExpertWeights]:
+def align_group(members: Sequence[ExpertWeights], weight_M: Tensor) -> Members:
     """Match all members' neurons: first to the heaviest member's, then to the group's mean."""
-    balanced = [member.balanced() for member in members]
-    reference = balanced[int(weight_M.argmax())]
-    aligned = [align(reference, member) for member in balanced]
-    return [align(weighted_mean(aligned, weight_M), member) for member in aligned]
+    balanced = Members(len(members), lambda member: members[member].balanced())
+    aligned = _matched(balanced[int(weight_M.argmax())], balanced)
+    return _matched(weighted_mean(aligned, weight_M), aligned)
 
 
-def weighted_mean(members: list[ExpertWeights], weight_M: Tensor) -> ExpertWeights:
+def _matched(reference: ExpertWeights, members: Members) -> Members:
+    found = [match[:2] for match in match_all((reference, member) for member in members)]
+    return Members(len(members), lambda member: members[member].permuted(*found[member]))
+
+
+def weighted_mean(members: Sequence[ExpertWeights], weight_M: Tensor) -> ExpertWeights:
     """Return the mean of experts' weights; ``weight_M`` (M,) sums to one."""
-
-    def mean(name: str) -> Tensor:
-        stacked = torch.stack([getattr(member, name) for member in members])
-        return torch.tensordot(weight_M.to(stacked.dtype), stacked, dims=1)
-
-    return ExpertWeights(mean("gate_FD"), mean("up_FD"), mean("down_DF"))
+    parts = [torch.zeros_like(part) for part in vars(members[0]).values()]
+    for member, weight in zip(members, weight_M, strict=True):
+        for mean, part in zip(parts, vars(member).values(), strict=True):
+            mean.addcmul_(weight.to(part.dtype), part)
+    return ExpertWeights(*parts)
 
 
 def factor_matrices(
@@ -59,14 +66,22 @@ def factor_matrices(
         # In fp64: the inverse root magnifies rounding where inputs have next to no energy.
         root_II, inverse_II = symmetric_root(damped(moment_II.double(), options.damping))
         matrix_MOI, weight_M = matrix_MOI.double() @ root_II, weight_M.double()
-    base_OI = torch.tensordot(weight_M, matrix_MOI, dims=1)
-    b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, rank)
+    mean_OI = base_OI = torch.tensordot(weight_M, matrix_MOI, dims=1)
+    b_MOR, a_MRI = _deltas(matrix_MOI, base_OI, rank)
     for _ in range(options.alternations if rank and len(matrix_MOI) > 1 else 0):
-        base_OI = torch.tensordot(weight_M, matrix_MOI - b_MOR @ a_MRI, dims=1)
-        b_MOR, a_MRI = low_rank(matrix_MOI - base_OI, rank)
+        base_OI = mean_OI.clone()
+        for weight, b_OR, a_RI in zip(weight_M, b_MOR, a_MRI, strict=True):
+            base_OI -= weight * b_OR @ a_RI
+        b_MOR, a_MRI = _deltas(matrix_MOI, base_OI, rank)
     if inverse_II is not None:
         base_OI, a_MRI = base_OI @ inverse_II, a_MRI @ inverse_II
     return base_OI.to(dtype), b_MOR.to(dtype), a_MRI.to(dtype)
+
+
+def _deltas(matrix_MOI: Tensor, base_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Approach what the base leaves of every matrix, one after the other."""
+    pairs = [low_rank(matrix_OI - base_OI, rank) for matrix_OI in matrix_MOI]
+    return torch.stack([b_OR for b_OR, _ in pairs]), torch.stack([a_RI for _, a_RI in pairs])
 
 
 def factor_layer(
@@ -104,15 +119,16 @@ def factor_layer(
         members = (group_of_expert == group).nonzero().flatten()
         weight_M = mass_E[members].clamp_min(floor).to(**zeros)
         weight_M = weight_M / weight_M.sum()
-        experts_M = [_expert(gate_up_EFD[m], down_EDF[m]) for m in members.tolist()]
+        experts_M = _members(gate_up_EFD, down_EDF, members.tolist())
         if options.align and len(experts_M) > 1:
             experts_M = align_group(experts_M, weight_M)
         moment = None if moment_DD is None else moment_DD.to(gate_up_EFD.device)
-        gate_up_MFD = torch.stack([expert.gate_up() for expert in experts_M])
+        gate_up_MFD = experts_M.stacked(ExpertWeights.gate_up)
         base, b, a = factor_matrices(gate_up_MFD, weight_M, rank, options, moment)
+        del gate_up_MFD
         state[f"bases.{group}.gate_up_proj.weight"] = base
         state["delta.gate_up_b"][members], state["delta.gate_up_a"][members] = b, a
-        down_MDF = torch.stack([expert.down_DF for expert in experts_M])
+        down_MDF = experts_M.stacked(lambda expert: expert.down_DF)
         base, b, a = factor_matrices(down_MDF, weight_M, down_rank, options)
         state[f"bases.{group}.down_proj.weight"] = base
         state["delta.down_b"][members], state["delta.down_a"][members] = b, a
@@ -122,6 +138,9 @@ def factor_layer(
     return state
 
 
-def _expert(gate_up_FD: Tensor, down_DF: Tensor) -> ExpertWeights:
-    gate_FD, up_FD = gate_up_FD.float().chunk(2)
-    return ExpertWeights(gate_FD, up_FD, down_DF.float())
+def _members(gate_up_EFD: Tensor, down_EDF: Tensor, members: list[int]) -> Members:
+    def weights(number: int) -> ExpertWeights:
+        gate_FD, up_FD = gate_up_EFD[members[number]].float().chunk(2)
+        return ExpertWeights(gate_FD, up_FD, down_EDF[members[number]].float())
+
+    return Members(len(members), weights)

@@ -24,11 +24,16 @@ BASIS_SHARE = 0.5
 are no others, are chosen together; with more of them gains of every expert's own do better."""
 
 
-def layer_neurons(experts: Experts) -> Tensor:
-    """Return all neurons of a layer as rows of gate, up and down: (P, E * F, D)."""
-    gate_EFD, up_EFD = experts.gate_up_EFD.chunk(2, dim=1)
-    parts = (gate_EFD, up_EFD, experts.down_EDF.transpose(1, 2))
-    return torch.stack([part.flatten(0, 1) for part in parts])
+def layer_neurons(experts: Experts, number_N: Tensor) -> Tensor:
+    """Return some neurons of a layer as rows of gate, up and down, in fp32: (P, N, D).
+
+    ``number_N`` are numbers e F + f. Only they are converted, not the layer.
+    """
+    width = experts.down_EDF.shape[2]
+    expert_N, neuron_N = number_N // width, number_N % width
+    gate_ND = experts.gate_up_EFD[expert_N, neuron_N].float()
+    up_ND = experts.gate_up_EFD[expert_N, width + neuron_N].float()
+    return torch.stack([gate_ND, up_ND, experts.down_EDF[expert_N, :, neuron_N].float()])
 
 
 def shared_neurons(energy_EF: Tensor, owned_EF: Tensor, count: int) -> Tensor:
@@ -63,20 +68,20 @@ def keep(
 ) -> Kept:
     """Make one layer's neuron experts.
 
-    ``experts`` and ``call`` in fp32 on one device; ``energy_EF`` (E, F); ``bits_EF`` (E, F) the
-    numbers of a choice in ``choices``; ``plan`` says what the module looks like. Where no expert
-    keeps a neuron of its own, few shared ones in 16 bits stand for the whole layer (see
-    ``basis_neurons``, which takes ``metric_root_DD``); otherwise for what experts do not keep.
+    ``experts`` in any float dtype and ``call`` in fp32 on one device; ``energy_EF`` (E, F);
+    ``bits_EF`` (E, F) the numbers of a choice in ``choices``; ``plan`` says what the module looks
+    like. Where no expert keeps a neuron of its own, few shared ones in 16 bits stand for the whole
+    layer (see ``basis_neurons``, which takes ``metric_root_DD``); otherwise for what experts do not
+    keep.
     """
     hidden = experts.gate_up_EFD.shape[2]
     module = make_neuron_experts(hidden, len(bits_EF), plan, experts.activation)
     module = module.to(energy_EF.device)
-    rows_PND = layer_neurons(experts)
     latents: dict[str, Tensor] = {}
     for number, bits in enumerate(by_bits(plan.neurons or {})):
         mine_EF = bits_EF == choices.index(bits)
         module.widths[number] = mine_EF.sum(1)
-        values_POD = rows_PND[:, mine_EF.flatten().nonzero().flatten()]
+        values_POD = layer_neurons(experts, mine_EF.flatten().nonzero().flatten())
         _put(module.own[own_name(bits)], f"own.{own_name(bits)}", values_POD, latents)
     if plan.shared:
         passed = call.index_TK.shape[1] * bits_EF.shape[1]
@@ -84,7 +89,7 @@ def keep(
             values_PSD = basis_neurons(experts, call, energy_EF, plan.shared, metric_root_DD)
             gain_ES = values_PSD.new_ones(len(bits_EF), plan.shared)
         else:
-            values_PSD = rows_PND[:, shared_neurons(energy_EF, bits_EF > 0, plan.shared)]
+            values_PSD = layer_neurons(experts, shared_neurons(energy_EF, bits_EF > 0, plan.shared))
             gain_ES = fit_shared_gains(experts, call, bits_EF > 0, values_PSD)
         _put(module.shared, "shared", values_PSD, latents)
         _put(module.gain, "gain", gain_ES.unsqueeze(0), latents)
@@ -115,7 +120,7 @@ def basis_neurons(
     or as they are.
     """
     candidate_C = energy_EF.flatten().sort(descending=True, stable=True).indices
-    rows_PCD = layer_neurons(experts)[:, candidate_C[: max(CANDIDATES, 2 * count)]]
+    rows_PCD = layer_neurons(experts, candidate_C[: max(CANDIDATES, 2 * count)])
     passed_TC = neurons(experts, torch.cat([rows_PCD[0], rows_PCD[1]]), call.x_TD)
     passed_TC = passed_TC * call.weight_TK.sum(1, keepdim=True)
     root_DD = metric_root_DD
@@ -140,10 +145,10 @@ def fit_shared_gains(
         token_N, weight_N1 = rows_of_expert(call, expert)
         if len(token_N):
             x_ND = call.x_TD[token_N]
-            own_NF = neurons(experts, experts.gate_up_EFD[expert], x_ND)
+            own_NF = neurons(experts, experts.gate_up(expert), x_ND)
             left_NF = own_NF * ~owned_EF[expert] * weight_N1
             z_NS = neurons(experts, gate_up_SD, x_ND) * weight_N1
-            gains[expert] = fit_gains(z_NS, left_NF @ experts.down_EDF[expert].T, down_DS)
+            gains[expert] = fit_gains(z_NS, left_NF @ experts.down(expert).T, down_DS)
     mean_S = (
         torch.stack(list(gains.values())).mean(0) if gains else down_DS.new_zeros(down_DS.shape[1])
     )

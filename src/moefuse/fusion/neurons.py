@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from moefuse.mathematics.experts import Experts, ExpertsCall
-from moefuse.mathematics.lowrank import low_rank, whitened_low_rank
+from moefuse.mathematics.lowrank import low_rank
 
 LARGEST_IN_FP64 = 4096
+SOLVED_AT_ONCE = 1024
 RIDGE = 1e-3
 """Share of the mean squared feature that is added to every squared feature, against overfitting."""
 
@@ -55,10 +56,10 @@ def importance(experts: Experts, call: ExpertsCall, metric_DD: Tensor | None = N
     ``d^T metric d`` where a ``metric_DD`` (D, D) says what counts.
     """
     energies = []
-    for expert, gate_up_FD in enumerate(experts.gate_up_EFD):
+    for expert in range(len(experts.gate_up_EFD)):
         token_N, weight_N1 = rows_of_expert(call, expert)
-        z_NF = neurons(experts, gate_up_FD, call.x_TD[token_N]) * weight_N1
-        down_DF = experts.down_EDF[expert]
+        z_NF = neurons(experts, experts.gate_up(expert), call.x_TD[token_N]) * weight_N1
+        down_DF = experts.down(expert)
         felt_DF = down_DF if metric_DD is None else metric_DD @ down_DF
         energies.append(z_NF.square().sum(0) * (down_DF * felt_DF).sum(0).clamp_min(0))
     return torch.stack(energies)
@@ -71,17 +72,39 @@ def select_neurons(importance_EF: Tensor, members: Tensor) -> tuple[Tensor, Tens
     return members[chosen_F // width], chosen_F % width
 
 
-def ridge_solve(gram_BB: Tensor, target_BO: Tensor) -> Tensor:
-    """Solve ``(gram + ridge) s = target``; an all-zero Gram matrix gives zeros.
+def ridge_solve(gram_BB: Tensor, target_BO: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Solve ``(gram + ridge) s = target``, overwriting ``gram_BB``; all zeros give zeros.
 
     In fp64 while that is cheap: a Gram matrix squares the condition of its features.
     """
     dtype = torch.float64 if len(gram_BB) <= LARGEST_IN_FP64 else torch.float32
-    ridge_BB = gram_BB.to(dtype, copy=True)
-    ridge_BB.diagonal().add_(RIDGE * ridge_BB.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    # Where it is large already in its dtype, it is overwritten: there is no room for another.
+    ridge_BB = gram_BB.to(dtype)
+    ridge_BB.diagonal().add_(ridge * ridge_BB.diagonal().mean() + torch.finfo(torch.float32).tiny)
     flat_BO = target_BO.to(dtype).reshape(len(gram_BB), -1)
-    solution_BO = torch.cholesky_solve(flat_BO, torch.linalg.cholesky(ridge_BB))
-    return solution_BO.reshape(target_BO.shape)
+    # The library's own order of elements, which for a symmetric matrix is a matter of the view.
+    root_BB = torch.linalg.cholesky(ridge_BB.mT, out=ridge_BB.mT)
+    solved = []
+    for part_BO in flat_BO.split(SOLVED_AT_ONCE, dim=1):
+        half_BO = torch.linalg.solve_triangular(root_BB, part_BO, upper=False)
+        solved.append(torch.linalg.solve_triangular(root_BB.mT, half_BO, upper=True))
+    return torch.cat(solved, dim=1).reshape(target_BO.shape)
+
+
+def ridge_fit(z_TB: Tensor, target_TD: Tensor) -> Tensor:
+    """Return ``argmin_s |z s - target|^2 + ridge |s|^2``, (B, D).
+
+    With fewer tokens than features the same solution comes from the smaller matrix ``z z^T``:
+    ``(z^T z + r)^-1 z^T = z^T (z z^T + r)^-1``.
+    """
+    tokens, features = z_TB.shape
+    if tokens >= features:
+        return ridge_solve(z_TB.T @ z_TB, z_TB.T @ target_TD).to(z_TB.dtype)
+    if not bool(z_TB.any()):
+        return target_TD.new_zeros(features, target_TD.shape[1])
+    # The ridge is a share of the mean over features; the trace of both matrices is the same.
+    solution_TD = ridge_solve(z_TB @ z_TB.T, target_TD, ridge=RIDGE * tokens / features)
+    return z_TB.T @ solution_TD.to(z_TB.dtype)
 
 
 def fit_gains(z_NF: Tensor, target_ND: Tensor, down_DF: Tensor) -> Tensor:
@@ -100,11 +123,11 @@ def base_features(
     """Yield, group by group, what reaches each base's down projection: (T, F)."""
     half = state["scale"].shape[1] // 2
     gain_EF = state["scale"][:, half:]
-    group_TK = state["group_of_expert"][call.index_TK.long()]
+    weight_TE = call.weight_TK.new_zeros(len(call.x_TD), len(gain_EF))
+    weight_TE.scatter_add_(1, call.index_TK.long(), call.weight_TK)
     for group in range(groups):
-        weight_TK = call.weight_TK * (group_TK == group)
         # A token's members share the base's neurons, so their gains add up before it.
-        gain_TF = torch.einsum("tk,tkf->tf", weight_TK, gain_EF[call.index_TK.long()])
+        gain_TF = weight_TE @ (gain_EF * (state["group_of_expert"] == group).unsqueeze(-1))
         gate_up_FD = state[f"bases.{group}.gate_up_proj.weight"]
         yield neurons(experts, gate_up_FD, call.x_TD) * gain_TF
 
@@ -116,23 +139,37 @@ def fit_down(
 
     Returns what they leave of ``target_TD``, (T, D).
     """
-    z_TB = torch.cat(list(base_features(experts, call, state, groups)), dim=1)
-    solution_BD = ridge_solve(z_TB.T @ z_TB, z_TB.T @ target_TD).to(z_TB.dtype)
-    # What no token reached keeps its own down projection: the solution would silence it.
-    own_BD = torch.cat([state[f"bases.{group}.down_proj.weight"].T for group in range(groups)])
-    solution_BD = torch.where(z_TB.any(0).unsqueeze(-1), solution_BD, own_BD)
+    width = state["scale"].shape[1] // 2
+    z_TB = target_TD.new_empty(len(target_TD), groups * width)
+    for z_TF, part_TF in zip(
+        z_TB.split(width, dim=1), base_features(experts, call, state, groups), strict=True
+    ):
+        z_TF.copy_(part_TF)
+    solution_BD = ridge_fit(z_TB, target_TD)
+    left_TD = target_TD - z_TB @ solution_BD
     for group, down_FD in enumerate(solution_BD.chunk(groups)):
-        state[f"bases.{group}.down_proj.weight"] = down_FD.T.contiguous()
-    return target_TD - z_TB @ solution_BD
+        name = f"bases.{group}.down_proj.weight"
+        reached_F = z_TB[:, group * width : (group + 1) * width].any(0)
+        # What no token reached keeps its own down projection: the solution would silence it.
+        state[name] = torch.where(reached_F, down_FD.T, state[name]).contiguous()
+    return left_TD
 
 
 def fit_down_delta(z_NF: Tensor, left_ND: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return ``b`` (D, R) and ``a`` (R, F): the rank-R map from neurons to what is left."""
-    gram_FF = z_NF.T @ z_NF
-    ridge = RIDGE * gram_FF.diagonal().mean() + torch.finfo(torch.float32).tiny
-    gram_FF = gram_FF + ridge * torch.eye(len(gram_FF), device=gram_FF.device)
-    solution_FD = torch.linalg.solve(gram_FF.double(), (z_NF.T @ left_ND).double())
-    b_DR, a_RF = whitened_low_rank(solution_FD.T, rank, gram_FF.double())
+    """Return ``b`` (D, R) and ``a`` (R, F): the rank-R map from neurons to what is left.
+
+    With the Gram matrix ``G = L L^T``, the least-squares solution ``S`` errs by ``|(M - S) L|^2``
+    more when ``M`` takes its place: so the decomposition of ``S L`` is cut off, and ``L`` undone.
+    """
+    if not rank:
+        return left_ND.new_zeros(left_ND.shape[1], 0), z_NF.new_zeros(0, z_NF.shape[1])
+    gram_FF = (z_NF.T @ z_NF).double()
+    gram_FF.diagonal().add_(RIDGE * gram_FF.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    root_FF = torch.linalg.cholesky(gram_FF)
+    # S L = (L^-1 z^T left)^T, because S = (L^-T L^-1 z^T left)^T.
+    seen_FD = torch.linalg.solve_triangular(root_FF, (z_NF.T @ left_ND).double(), upper=False)
+    b_DR, a_RF = low_rank(seen_FD.T, rank)
+    a_RF = torch.linalg.solve_triangular(root_FF, a_RF, upper=False, left=False)
     return b_DR.to(z_NF.dtype), a_RF.to(z_NF.dtype)
 
 
@@ -161,7 +198,7 @@ class _Fit:
     def own_rows(self, expert: int) -> Tensor:
         """Return the gate and up rows of the neurons that an expert keeps, (2O, D)."""
         own_O = self.own_EO[expert]
-        return self.experts.gate_up_EFD[expert][torch.cat([own_O, self.width + own_O])]
+        return self.experts.gate_up_EFD[expert][torch.cat([own_O, self.width + own_O])].float()
 
     def own_neurons(self, expert: int, token_N: Tensor) -> Tensor:
         """Return what the neurons that an expert keeps make of its tokens, (N, O)."""
@@ -169,7 +206,7 @@ class _Fit:
 
     def own_down(self, expert: int) -> Tensor:
         """Return the down columns of the neurons that an expert keeps, (D, O)."""
-        return self.experts.down_EDF[expert][:, self.own_EO[expert]]
+        return self.experts.down_EDF[expert][:, self.own_EO[expert]].float()
 
 
 def fit_neurons(
@@ -177,8 +214,8 @@ def fit_neurons(
 ) -> dict[str, Tensor]:
     """Return the state of a ``FusedExperts`` module with scales, fp32, for one layer.
 
-    ``experts`` in fp32; ``call`` holds the tokens to fit to; ``group_of_expert`` is (E,); ``rank``
-    R of the deltas.
+    ``experts`` in any float dtype; ``call`` holds the tokens to fit to; ``group_of_expert`` is
+    (E,); ``rank`` R of the deltas.
     """
     groups = int(group_of_expert.max()) + 1
     kept = min(rank // 2, experts.down_EDF.shape[2], experts.down_EDF.shape[1])
@@ -205,10 +242,11 @@ def _bases(
     for group in range(groups):
         members = (group_of_expert == group).nonzero().flatten()
         expert_F, neuron_F = select_neurons(importance_EF, members)
-        gate_FD = experts.gate_up_EFD[expert_F, neuron_F]
-        up_FD = experts.gate_up_EFD[expert_F, width + neuron_F]
+        gate_FD = experts.gate_up_EFD[expert_F, neuron_F].float()
+        up_FD = experts.gate_up_EFD[expert_F, width + neuron_F].float()
         state[f"bases.{group}.gate_up_proj.weight"] = torch.cat([gate_FD, up_FD])
-        state[f"bases.{group}.down_proj.weight"] = experts.down_EDF[expert_F, :, neuron_F].T
+        down_FD = experts.down_EDF[expert_F, :, neuron_F].float()
+        state[f"bases.{group}.down_proj.weight"] = down_FD.T
     return state
 
 
@@ -292,5 +330,5 @@ def _fit_deltas(fit: _Fit, left_TD: Tensor, rank: int) -> None:
 
 def _directions(experts: Experts, expert: int, rank: int) -> Tensor:
     """Return the R unit directions of the input that an expert's weights look along most."""
-    _, a_RD = low_rank(experts.gate_up_EFD[expert], rank)
+    _, a_RD = low_rank(experts.gate_up(expert), rank)
     return torch.nn.functional.normalize(a_RD, dim=-1)

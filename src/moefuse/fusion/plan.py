@@ -333,10 +333,11 @@ def estimate(
     layer = shape.experts * 3 * shape.hidden * shape.intermediate + teacher.largest_outside_layer
     streaming = (layer + teacher.embedding) * working_itemsize + READ_BUFFER_BYTES
     distilling = call + int(per_layer) * 4 * 5
+    fitting = fitting_bytes(teacher, plan, factor)
     return Estimate(
         seconds=operations / (rate * REACHED_SHARE) + read,
         disk_bytes=plan.bytes + factors + layers * call + hidden,
-        memory_bytes=RUNTIME_BYTES + max(streaming, distilling, fitting_bytes(plan, shape, factor)),
+        memory_bytes=RUNTIME_BYTES + max(streaming, distilling, fitting),
     )
 
 
@@ -356,9 +357,13 @@ def _felt_tokens(plan: Plan, calibrate: CalibrateConfig, distill: DistillConfig)
     return calibrate.sensitivity_tokens if felt else 0
 
 
-def fitting_bytes(plan: Plan, shape: MoeShape, factor: FactorConfig) -> int:
-    """Estimate what fitting a layer's bases holds: its experts in fp32 beside a stored copy of
-    half of them, the bases' features on the tokens fitted to, and three square matrices."""
+def fitting_bytes(teacher: Teacher, plan: Plan, factor: FactorConfig) -> int:
+    """Estimate what fitting a layer's bases holds: its experts as they are stored, the bases, their
+    features on the tokens fitted to and the square matrix of these, and the down projections that
+    are solved for, before and after."""
+    shape = teacher.shape
     experts = shape.experts * 3 * shape.hidden * shape.intermediate
     widest = max(max(layer.groups, 1) for layer in plan.layers.values()) * shape.intermediate
-    return 4 * (experts * 3 // 2 + 2 * factor.fit_tokens * widest + 3 * widest**2)
+    bases = 3 * widest * shape.hidden
+    fitting = 2 * factor.fit_tokens * widest + widest**2 + 3 * widest * shape.hidden
+    return experts * teacher.itemsize + 4 * (bases + fitting)

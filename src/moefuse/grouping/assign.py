@@ -10,50 +10,45 @@ Each way of grouping is an affinity and a clustering (see ``mathematics``):
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moefuse.errors import UserError
 from moefuse.mathematics import clustering, similarity
-from moefuse.mathematics.alignment import ExpertWeights
+from moefuse.mathematics.alignment import Members
 from moefuse.mathematics.experts import Experts
 from moefuse.mathematics.statistics import LayerStatistics
 
-Grouping = Callable[[LayerStatistics, Experts, int], Tensor]
+Grouping = Callable[[LayerStatistics, Any, int], Tensor]
 
 
-def _coactivation(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
+def _coactivation(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
     affinity_EE = similarity.coactivation_affinity(statistics.coactivation_EE)
     return clustering.agglomerate(affinity_EE, groups)
 
 
-def _output(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
+def _output(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
     affinity_EE = similarity.output_affinity(statistics.mean_output_ED)
     return clustering.agglomerate(affinity_EE, groups)
 
 
-def _hierarchical(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
+def _hierarchical(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
     affinity_EE = similarity.mean_output_affinity(statistics.mean_output_ED)
     return clustering.agglomerate(affinity_EE, groups)
 
 
 def _weight(_: LayerStatistics, experts: Experts, groups: int) -> Tensor:
-    affinity_EE = similarity.weight_affinity(_weights(experts))
+    count = len(experts.gate_up_EFD)
+    balanced = Members(count, lambda expert: experts.weights(expert).balanced())
+    affinity_EE = similarity.weight_affinity(balanced)
     return clustering.agglomerate(affinity_EE, groups)
 
 
-def _dominant(statistics: LayerStatistics, _: Experts, groups: int) -> Tensor:
+def _dominant(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
     affinity_EE = similarity.output_affinity(statistics.mean_output_ED)
     return clustering.join_centres(affinity_EE, clustering.strongest(statistics.mass_E, groups))
-
-
-def _weights(experts: Experts) -> list[ExpertWeights]:
-    found = []
-    for gate_up_FD, down_DF in zip(experts.gate_up_EFD, experts.down_EDF, strict=True):
-        gate_FD, up_FD = gate_up_FD.float().chunk(2)
-        found.append(ExpertWeights(gate_FD, up_FD, down_DF.float()).balanced())
-    return found
 
 
 GROUPINGS: dict[str, Grouping] = {
@@ -63,12 +58,16 @@ GROUPINGS: dict[str, Grouping] = {
     "hierarchical": _hierarchical,
     "dominant": _dominant,
 }
+BY_WEIGHTS = frozenset({"weight"})
+"""Ways that look at the experts' weights."""
 
 
 def group_layer(
-    statistics: LayerStatistics, experts: Experts, groups: int, grouping: str
+    statistics: LayerStatistics, experts: Experts | None, groups: int, grouping: str
 ) -> Tensor:
     """Return ``group_of_expert`` (E,) int64, every number below ``groups`` used at least once.
+
+    ``experts`` may be None for a way that is not in ``BY_WEIGHTS``.
 
     Raises ``UserError`` for an unknown way of grouping.
     """

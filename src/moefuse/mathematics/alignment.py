@@ -9,7 +9,11 @@ similarity of neurons; see Ainsworth et al., "Git Re-Basin" (2022), section 3.
 Shape suffixes: D hidden width, F neurons.
 """
 
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -51,9 +55,38 @@ class ExpertWeights:
         parts = (self.gate_FD, self.up_FD, self.down_DF)
         return torch.cat([part.flatten() for part in parts])
 
+    def norm(self) -> Tensor:
+        """Return the Euclidean norm of all weights, a scalar in fp64."""
+        parts = (self.gate_FD, self.up_FD, self.down_DF)
+        return torch.stack([part.double().norm() for part in parts]).norm()
+
     def gate_up(self) -> Tensor:
         """Return gate and up stacked, gate first: (2F, D)."""
         return torch.cat([self.gate_FD, self.up_FD])
+
+
+class Members(Sequence[ExpertWeights]):
+    """Experts whose weights are made when they are asked for, so that few are there at once."""
+
+    def __init__(self, count: int, make: Callable[[int], ExpertWeights]) -> None:
+        self.length, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, member: Any) -> Any:
+        return self.make(member)
+
+    def __iter__(self) -> Iterator[ExpertWeights]:
+        return (self.make(member) for member in range(self.length))
+
+    def stacked(self, part: Callable[[ExpertWeights], Tensor]) -> Tensor:
+        """Return one matrix of every member, (M, ...)."""
+        first = part(self.make(0))
+        whole = first.new_empty(self.length, *first.shape)
+        for number, member in enumerate(self):
+            whole[number] = part(member)
+        return whole
 
 
 def neuron_similarity(reference: ExpertWeights, member: ExpertWeights) -> tuple[Tensor, Tensor]:
@@ -75,10 +108,40 @@ def match_neurons(reference: ExpertWeights, member: ExpertWeights) -> tuple[Tens
     ``member.permuted(order_F, sign_F)`` minimises the squared weight distance to ``reference``
     over all permutations and signs.
     """
-    similarity_FF, sign_FF = neuron_similarity(reference, member)
-    rows, columns = linear_sum_assignment(similarity_FF.double().cpu().numpy(), maximize=True)
-    order_F = torch.as_tensor(columns, device=similarity_FF.device)
-    return order_F, sign_FF[torch.as_tensor(rows, device=sign_FF.device), order_F]
+    return next(match_all([(reference, member)]))[:2]
+
+
+Match = tuple[Tensor, Tensor, float]
+"""Order (F,) and signs (F,) of a member's neurons, and the similarity of all matched together."""
+
+
+def match_all(pairs: Iterable[tuple[ExpertWeights, ExpertWeights]]) -> Iterator[Match]:
+    """Do what ``match_neurons`` does for many pairs of a reference and a member, in their order.
+
+    Similarities are computed one pair at a time, where the weights are; assignments are solved on
+    the CPU meanwhile, several at once. What they return does not depend on that.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as solvers:
+        waiting: list[Callable[[], Match]] = []
+        for reference, member in pairs:
+            similarity_FF, sign_FF = neuron_similarity(reference, member)
+            costs = similarity_FF.double().cpu().numpy()
+            solved = solvers.submit(linear_sum_assignment, costs, maximize=True)
+            waiting.append(_match(solved, similarity_FF, sign_FF))
+            # As many at once as there are solvers: each holds three F x F matrices.
+            if len(waiting) > (os.cpu_count() or 1):
+                yield waiting.pop(0)()
+        for found in waiting:
+            yield found()
+
+
+def _match(solved: Future, similarity_FF: Tensor, sign_FF: Tensor) -> Callable[[], Match]:
+    def found() -> Match:
+        rows_F, order_F = (torch.as_tensor(n, device=sign_FF.device) for n in solved.result())
+        together = float(similarity_FF[rows_F, order_F].double().sum())
+        return order_F, sign_FF[rows_F, order_F], together
+
+    return found
 
 
 def align(reference: ExpertWeights, member: ExpertWeights) -> ExpertWeights:

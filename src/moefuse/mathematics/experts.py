@@ -4,10 +4,12 @@ Shape suffixes: T tokens, K experts chosen per token, E experts, D hidden width,
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from moefuse.mathematics.alignment import ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,35 @@ class ExpertsCall:
 
 @dataclass(frozen=True)
 class Experts:
-    """A layer's routed experts: ``gate_up_EFD`` (E, 2F, D), gate first; ``down_EDF`` (E, D, F)."""
+    """A layer's routed experts: ``gate_up_EFD`` (E, 2F, D), gate first; ``down_EDF`` (E, D, F).
+
+    They stay in the dtype that they are stored in; whatever computes in fp32 takes one expert in
+    fp32 at a time, so that a layer of bf16 never takes twice its memory.
+    """
 
     gate_up_EFD: Tensor
     down_EDF: Tensor
     activation: Callable[[Tensor], Tensor]
 
     def run(self, expert: int, x_TD: Tensor) -> Tensor:
-        """Return one expert's output, (T, D), before it is weighted."""
-        gate_TF, up_TF = (x_TD @ self.gate_up_EFD[expert].T).chunk(2, dim=-1)
-        return (self.activation(gate_TF) * up_TF) @ self.down_EDF[expert].T
+        """Return one expert's output, (T, D), before it is weighted, in the dtype of ``x_TD``."""
+        gate_up_FD = self.gate_up_EFD[expert].to(x_TD.dtype)
+        gate_TF, up_TF = (x_TD @ gate_up_FD.T).chunk(2, dim=-1)
+        return (self.activation(gate_TF) * up_TF) @ self.down_EDF[expert].to(x_TD.dtype).T
+
+    def gate_up(self, expert: int) -> Tensor:
+        """Return one expert's gate and up projections, (2F, D) fp32."""
+        return self.gate_up_EFD[expert].float()
+
+    def down(self, expert: int) -> Tensor:
+        """Return one expert's down projection, (D, F) fp32."""
+        return self.down_EDF[expert].float()
+
+    def weights(self, expert: int) -> ExpertWeights:
+        """Return one expert's three projections, fp32."""
+        gate_FD, up_FD = self.gate_up(expert).chunk(2)
+        return ExpertWeights(gate_FD, up_FD, self.down(expert))
+
+    def in_fp32(self) -> "Experts":
+        """Return all experts in fp32."""
+        return replace(self, gate_up_EFD=self.gate_up_EFD.float(), down_EDF=self.down_EDF.float())

@@ -3,10 +3,13 @@
 Shape suffixes: E experts, S sampled tokens, D hidden width, F neurons.
 """
 
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
-from moefuse.mathematics.alignment import ExpertWeights, match_neurons
+from moefuse.mathematics.alignment import ExpertWeights, match_all
 
 TINY = 1e-12
 
@@ -33,15 +36,21 @@ def mean_output_affinity(mean_output_ED: Tensor) -> Tensor:
     return -torch.cdist(mean_output_ED.double(), mean_output_ED.double())
 
 
-def weight_affinity(experts: list[ExpertWeights]) -> Tensor:
-    """Cosine similarity of aligned weights, (E, E): every pair's neurons are matched first."""
-    count = len(experts)
-    norms = [expert.flat().norm().clamp_min(TINY) for expert in experts]
-    affinity_EE = torch.eye(count, dtype=torch.float64)
-    for first in range(count):
-        for second in range(first + 1, count):
-            matched = experts[second].permuted(*match_neurons(experts[first], experts[second]))
-            inner = experts[first].flat() @ matched.flat()
-            cosine = (inner / (norms[first] * norms[second])).double()
-            affinity_EE[first, second] = affinity_EE[second, first] = cosine
+def weight_affinity(experts: Sequence[ExpertWeights]) -> Tensor:
+    """Cosine similarity of aligned weights, (E, E): every pair's neurons are matched first.
+
+    The similarity of matched neurons is the sum of their inner products, so nothing needs to be
+    permuted. ``experts`` may make each expert's weights when it is asked for.
+    """
+    norms = [float(expert.norm().clamp_min(TINY)) for expert in experts]
+    places = list(combinations(range(len(experts)), 2))
+    affinity_EE = torch.eye(len(experts), dtype=torch.float64)
+    for (one, other), (*_, inner) in zip(places, match_all(_pairs(experts)), strict=True):
+        cosine = inner / (norms[one] * norms[other])
+        affinity_EE[one, other] = affinity_EE[other, one] = cosine
     return affinity_EE
+
+
+def _pairs(experts: Sequence[ExpertWeights]) -> Iterator[tuple[ExpertWeights, ExpertWeights]]:
+    for number, one in enumerate(experts):
+        yield from ((one, experts[other]) for other in range(number + 1, len(experts)))
