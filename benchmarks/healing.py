@@ -261,7 +261,9 @@ def report(done: dict[Cell, Any], bench: Bench, results: Path) -> None:
     )
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "healing.json", report_json(meta, rows))
-    write_text(results / "healing.md", _markdown(rows) + _on_the_way(done))
+    curves = {cell.name: found["curve"] for cell, found in done.items() if found["curve"]}
+    write_json(results / "curves.json", curves)
+    write_text(results / "healing.md", _markdown(rows, done) + _on_the_way(done))
     _plot(done, results / "healing.png")
 
 
@@ -277,7 +279,8 @@ def _spread(values: list[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def _markdown(rows: list[Row]) -> str:
+def _markdown(rows: list[Row], done: dict[Cell, Any]) -> str:
+    finished = sum(bool(found["rows"]) for found in done.values())
     titles = ["Fused experts", "Method", "Expert bytes", "Seeds", "KL distilled", "KL healed"]
     titles += ["Healed / distilled", "Healed KL / this design's"]
     lines = []
@@ -301,7 +304,14 @@ def _markdown(rows: list[Row]) -> str:
                         f"{mean(after) / ours:.2f}",
                     ]
                 )
-    return f"# Healing\n\n![KL against tokens](healing.png)\n\n{markdown(titles, lines)}\n"
+    return f"""# Healing
+
+By `make healing`; {finished} of {len(done)} students are healed to the end.
+
+![KL against tokens](healing.png)
+
+{markdown(titles, lines)}
+"""
 
 
 def _curves(done: dict[Cell, Any], method: str, groups: int) -> list[Any]:
