@@ -22,6 +22,7 @@ from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_model
 from moefuse.pipeline import fuse
+from moefuse.planning import plan_checkpoint
 
 Tiny = Callable[..., Path]
 REFERENCES = Path(__file__).with_name("data") / "compressed_tensors.safetensors"
@@ -146,6 +147,8 @@ def test_inspected_with_its_true_bytes(name: str, twins: Any) -> None:
     )
     assert sum(part.bytes for part in quantized.parts) == on_disk
     assert quantized.quantized_bits is not None and 4 < quantized.quantized_bits < 16
+    plan = plan_checkpoint(quantized.source, {"groups": 3, "rank": 2}).plan
+    assert plan is not None and plan.teacher_bytes == quantized.bytes
 
 
 @pytest.mark.parametrize("name", ["fp8", "gptq"])

@@ -173,8 +173,8 @@ class CheckpointReader:
     def check_finite(self) -> None:
         """Read every tensor once; raises ``UserError`` naming the first with NaN or infinity."""
 
-        def check(name: str, mapped: Tensor) -> None:
-            if not is_finite(mapped):
+        def check(name: str, stored: list[Tensor]) -> None:
+            if not all(map(is_finite, stored)):
                 raise UserError(
                     f"The tensor {name!r} in {self.directory / self.tensors[name].shard} holds NaN "
                     "or infinity, so nothing sound can come of it; download the checkpoint again."
@@ -182,7 +182,7 @@ class CheckpointReader:
 
         self._ahead.start(self._ranges(self.tensors))
         for name in track(self.tensors, "Checking weights"):
-            self._visit([name], check)
+            self._visit([name], check, _as_stored)
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that tell this checkpoint from others, wherever it lies.
@@ -234,10 +234,16 @@ class CheckpointReader:
         """Sort names by where their bytes lie."""
         return sorted(names, key=lambda name: (self.tensors[name].shard, self.tensors[name].begin))
 
-    def _visit(self, names: list[str], take: Callable[[str, Tensor], object]) -> None:
+    def _visit(
+        self,
+        names: list[str],
+        take: Callable[[str, Any], object],
+        make: "Callable[[TensorInfo, Mapping[str, Any]], Any] | None" = None,
+    ) -> None:
         """Call ``take(name, tensor)`` for each name; plain tensors are views of the mapped shard.
 
-        A callback and not a generator, so that no suspended frame keeps a shard mapped.
+        ``make(tensor, files)`` gets them out of open files, by default as ``_plain`` does. A
+        callback and not a generator, so that no suspended frame keeps a shard mapped.
         """
         if len(names) > 1:
             self._ahead.start(self._ranges(self._in_order(names)))
@@ -249,7 +255,7 @@ class CheckpointReader:
                     for shard in shards
                 }
                 for name in batch:
-                    take(name, self._plain(self.tensors[name], files))
+                    take(name, (make or self._plain)(self.tensors[name], files))
 
     def _plain(self, tensor: TensorInfo, files: Mapping[str, Any]) -> Tensor:
         """Return a tensor out of open files, made of its parts if it is quantised."""
@@ -276,6 +282,10 @@ class CheckpointReader:
             held += tensor.stored_bytes
         if batch:
             yield shards, batch
+
+
+def _as_stored(tensor: TensorInfo, files: Mapping[str, Any]) -> list[Tensor]:
+    return [files[part.shard].get_tensor(part.name) for part in tensor.stored]
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""Whole numbers of few bits, several to an int32, and scales spread over what they scale."""
+"""Whole numbers of few bits, several to an int32, and scales that blocks of numbers share."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,10 +20,31 @@ def unpack_rows(packed_RC: Tensor, bits: int) -> Tensor:
     return unpack_columns(packed_RC.T.contiguous(), bits).T
 
 
-def spread(scale_RC: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
-    """Return a block's scale at each of its numbers: (rows, columns) of ``shape``, fp32.
+def scaled(value_RC: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """Multiply every block of ``block`` rows and columns by its entry of ``scale``, in place.
 
-    ``scale_RC`` has an entry for every block of ``block`` rows and columns, the last ones cut.
+    ``value_RC`` is fp32; the last blocks may be cut.
     """
-    rows_RC = scale_RC.float().repeat_interleave(block[0], 0)[: shape[0]]
-    return rows_RC.repeat_interleave(block[1], 1)[:, : shape[1]]
+    return _by_block(value_RC, scale, block, Tensor.mul_)
+
+
+def shifted(value_RC: Tensor, zero: Tensor, block: tuple[int, int]) -> Tensor:
+    """Subtract from every block its entry of ``zero``, in place; see ``scaled``."""
+    return _by_block(value_RC, zero, block, Tensor.sub_)
+
+
+def _by_block(
+    value_RC: Tensor,
+    each: Tensor,
+    block: tuple[int, int],
+    change: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    rows, columns = block
+    each = each.float()
+    if value_RC.shape == (rows * each.shape[0], columns * each.shape[1]):
+        # A view of whole blocks: spreading over a large matrix takes ten times as long.
+        tiles = value_RC.view(each.shape[0], rows, each.shape[1], columns)
+        change(tiles, each[:, None, :, None])
+        return value_RC
+    spread = each.repeat_interleave(rows, 0)[: len(value_RC)]
+    return change(value_RC, spread.repeat_interleave(columns, 1)[:, : value_RC.shape[1]])

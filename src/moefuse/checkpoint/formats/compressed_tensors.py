@@ -20,7 +20,7 @@ from moefuse.checkpoint.formats.base import (
     collect,
     method_is,
 )
-from moefuse.checkpoint.formats.bits import spread, unpack_columns, unpack_rows
+from moefuse.checkpoint.formats.bits import scaled, shifted, unpack_columns, unpack_rows
 from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.errors import UserError
 
@@ -75,8 +75,8 @@ def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, .
     rows, columns = weights.get("block_structure") or _block(shape, scale)
     block = (int(rows), int(columns))
     if zero is not None:
-        value = value - spread(_as_matrix(zero), shape, block)
-    return value * spread(scale, shape, block)
+        shifted(value, _as_matrix(zero), block)
+    return scaled(value, scale, block)
 
 
 def _as_matrix(scale: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from moefuse.checkpoint.formats.base import (
     collect,
     method_is,
 )
-from moefuse.checkpoint.formats.bits import spread
+from moefuse.checkpoint.formats.bits import scaled
 from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.errors import UserError
 
@@ -51,7 +51,7 @@ def _find(source: str, tensors: Mapping[str, TensorInfo], settings: Settings) ->
 def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, ...]) -> Tensor:
     block = _block(settings, shape)
     scale = parts[SCALE] if parts[SCALE].ndim == 2 else parts[SCALE].view(1, 1)
-    return parts[WEIGHT].float() * spread(scale, shape, block)
+    return scaled(parts[WEIGHT].float(), scale, block)
 
 
 FORMAT = Format(
