@@ -71,7 +71,7 @@ def down_roots(weights: Sequence[ExpertWeights], layer: Experts, call: ExpertsCa
     for expert, one in enumerate(weights):
         token_N, weight_N1 = rows_of_expert(call, expert)
         x_ND = call.x_TD[token_N]
-        z_NF = layer.activation(x_ND @ one.gate_FD.T) * (x_ND @ one.up_FD.T) * weight_N1
+        z_NF = layer.gating(x_ND @ one.gate_FD.T, x_ND @ one.up_FD.T) * weight_N1
         moment_FF = z_NF.T @ z_NF / max(len(token_N), 1)
         roots.append(symmetric_root(moment_FF.double())[0].float())
     return torch.stack(roots)

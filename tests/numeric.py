@@ -1,6 +1,12 @@
 """What "equal to float error" means in every test: one tolerance for fp32, one for bf16."""
 
+import torch
 from torch import Tensor
+
+from moefuse.modeling.modeling_moefuse import PlainGating
+
+SILU = PlainGating(torch.nn.functional.silu)
+"""What joins gate and up in most families."""
 
 FP32 = 1e-4
 # bf16 keeps 8 bits: one rounding is up to 2^-9 = 0.002 of a value. A fused layer rounds about ten

@@ -13,9 +13,10 @@ from moefuse.arena.students import compress_within, multiply_grouped
 from moefuse.baselines import Layer, TooSmallError, method
 from moefuse.comparison import routed_part
 from moefuse.families import all_families
-from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.quantization import Format, best_scale, pack, to_codes
 from moefuse.mathematics.statistics import LayerStatistics
+from moefuse.modeling.native import experts_of
 
 EXPERT = 3 * 32 * 16
 
@@ -26,7 +27,7 @@ def layer() -> Layer:
     family = all_families()["deepseek_v2"]
     block = tiny_model("deepseek_v2").get_submodule(family.moe_path(2))
     native = block.get_submodule(family.experts_name)
-    experts = Experts(native.gate_up_proj.data, native.down_proj.data, native.act_fn)  # type: ignore
+    experts = experts_of(native, family, tiny_config("deepseek_v2").to_dict())
     heard: list[tuple[Tensor, ...]] = []
     handle = native.register_forward_hook(lambda _, given, out: heard.append((*given[:3], out)))
     with torch.no_grad():

@@ -116,7 +116,7 @@ def total(footprints: Iterable[Footprint]) -> Footprint:
 def equal_experts(job: Job) -> int:
     """Return how many of the teacher's experts take the bytes that fused ones do, rounded up."""
     shape = job.reader.shape
-    one = 3 * shape.hidden * shape.intermediate * torch.empty(0, dtype=job.stored).element_size()
+    one = shape.expert_numbers * torch.empty(0, dtype=job.stored).element_size()
     return min(shape.experts, math.ceil(job.plan.expert_bytes / len(shape.layers) / one))
 
 

@@ -42,7 +42,8 @@ def stored_dtype(
     tensors: Mapping[str, TensorInfo], family: Family, config: Mapping[str, Any]
 ) -> torch.dtype:
     """Return the dtype in which a checkpoint stores its routed experts (bf16 if quantised)."""
-    first = family.expert_names(family.shape(config).layers[0], 0).gate
+    shape = family.shape(config)
+    first = next(iter(family.expert_tensors(shape.layers[0], shape)))
     return STORED.get(tensors[first].dtype, torch.bfloat16)
 
 

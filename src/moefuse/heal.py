@@ -247,6 +247,7 @@ class HealJob:
             self.options.sequence_length,
             tokens=parse_count(self.options.tokens, "--tokens"),
             seed=self.compute.seed,
+            apart=self.family.one_piece_a_row,
         )
 
     def _held_out(self) -> PackedText | None:
@@ -255,7 +256,14 @@ class HealJob:
             return None
         documents = corpus.load_documents(self._held_out_source)
         length = self.options.sequence_length
-        return pack(documents, self.tokenizer, length, tokens=HELD_OUT_TOKENS, seed=0)
+        return pack(
+            documents,
+            self.tokenizer,
+            length,
+            tokens=HELD_OUT_TOKENS,
+            seed=0,
+            apart=self.family.one_piece_a_row,
+        )
 
     def _measured_on(self) -> HeldOut | None:
         """Return what the student is measured on for its card, if it has one."""
@@ -337,7 +345,7 @@ class HealJob:
             device=self.device,
             trust_remote_code=self.trust_remote_code,
         )
-        return LiveTeacher(teacher)
+        return LiveTeacher(teacher, self.family)
 
     def _teacher_config(self) -> dict[str, Any]:
         return {**self.headers.config, "model_type": self.family.model_type}
@@ -510,7 +518,7 @@ def heal_in_place(
     with tempfile.TemporaryDirectory() as directory:
         log = train(
             model,
-            LiveTeacher(teacher),
+            LiveTeacher(teacher, family),
             text,
             family,
             options,

@@ -49,9 +49,10 @@ from moefuse.fusion.plan import expert_budget, settled_plan
 from moefuse.fusion.plan_neurons import choices_of
 from moefuse.grouping.assign import BY_WEIGHTS, group_layer
 from moefuse.job_inputs import JobInputs
-from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.mathematics.experts import Experts, ExpertsCall, Gating
 from moefuse.mathematics.losses import measure, power_of
 from moefuse.measuring import UNMEASURED, measure_student
+from moefuse.modeling.modeling_moefuse import gating_of
 from moefuse.modeling.training import TrainedNeuronExperts
 from moefuse.places import (
     check_new,
@@ -542,17 +543,19 @@ class Job(JobInputs):
 
         Meanwhile those of the next layer are read from the disk into the system's cache.
         """
-        gate_up_EFD, down_EDF = self.reader.read_experts(layer, device=self.device)
+        gate_up_EFD, down_EDF, biases = self.reader.read_experts(layer, device=self.device)
         following = next((n for n in self.reader.shape.layers if n > layer), None)
         if following is not None:
             self.reader.read_ahead(following, outside=False)
-        return Experts(gate_up_EFD, down_EDF, self.activation(layer))
+        return Experts(gate_up_EFD, down_EDF, self.gating(layer), biases)
 
-    def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """Return the activation of a layer's routed experts."""
+    def gating(self, layer: int) -> Gating:
+        """Return what joins gate and up in a layer's routed experts."""
         family = self.reader.family
-        module = self.teacher.layers[layer]
-        return module.get_submodule(f"{family.moe_name}.{family.experts_name}").act_fn  # type: ignore
+        native = self.teacher.layers[layer].get_submodule(
+            f"{family.moe_name}.{family.experts_name}"
+        )
+        return gating_of(native, family.gating(self.reader.config))
 
     def call(self, layer: int) -> ExpertsCall:
         """Read all that one layer's experts received and returned, on the device."""
@@ -563,7 +566,7 @@ class Job(JobInputs):
         """Make one layer's fused module in fp32 with the weights that ``stage`` left."""
         path = self._artifact(directory, layer, "safetensors", stage)
         student = make_experts(
-            self.reader.shape, self.true_plan.layers[layer], self.device, self.activation(layer)
+            self.reader.shape, self.true_plan.layers[layer], self.device, self.gating(layer)
         )
         student.load_state_dict(artifacts.read_tensors(path))
         return student

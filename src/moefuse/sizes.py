@@ -1,6 +1,5 @@
 """True sizes of fused experts: counted on the modules themselves, built without memory."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moefuse.families import MoeShape
-from moefuse.mathematics.experts import Experts
-from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts
+from moefuse.mathematics.experts import Experts, Gating
+from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts, PlainGating
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,18 @@ def make_experts(
     shape: MoeShape,
     plan: LayerPlan,
     device: str | torch.device,
-    activation: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
+    gating: Gating | None = None,
 ) -> FusedExperts | NeuronExperts:
-    """Build one layer's fused module with weights that mean nothing yet."""
+    """Build one layer's fused module with weights that mean nothing yet.
+
+    Without the teacher's ``gating`` it is good for nothing but counting.
+    """
+    gating = gating or PlainGating(torch.nn.functional.silu)
     if plan.neurons is not None:
         with torch.device(device):
-            return make_neuron_experts(shape.hidden, shape.experts, plan, activation)
+            return make_neuron_experts(
+                shape.hidden, shape.experts, plan, gating, biased=shape.biased
+            )
     with torch.device(device):
         return FusedExperts(
             shape.hidden,
@@ -84,31 +89,34 @@ def make_experts(
             shape.experts,
             plan.groups,
             plan.rank,
-            activation,
+            gating,
             delta=plan.delta,
             scale=plan.scale,
-            bias=plan.bias,
+            bias=plan.bias or shape.biased,
+            down_bias=shape.biased,
         )
 
 
 def make_neuron_experts(
-    hidden: int, experts: int, plan: LayerPlan, activation: Callable[[Tensor], Tensor]
+    hidden: int, experts: int, plan: LayerPlan, gating: Gating, *, biased: bool
 ) -> NeuronExperts:
     """Build one layer's neuron experts with weights that mean nothing yet."""
     return NeuronExperts(
         hidden,
         experts,
-        activation,
+        gating,
         neurons=plan.neurons or {},
         shared=plan.shared,
         shared_bits=plan.shared_bits,
         gain_bits=plan.gain_bits,
+        biased=biased,
     )
 
 
 def load_experts(state: dict[str, Tensor], experts: Experts, plan: LayerPlan) -> FusedExperts:
     """Make the fused module that takes the place of ``experts``, with the weights of ``state``."""
     count, double_intermediate, hidden = experts.gate_up_EFD.shape
+    biased = experts.biases is not None
     with torch.device("meta"):
         module = FusedExperts(
             hidden,
@@ -116,20 +124,27 @@ def load_experts(state: dict[str, Tensor], experts: Experts, plan: LayerPlan) ->
             count,
             plan.groups,
             plan.rank,
-            experts.activation,
+            experts.gating,
             delta=plan.delta,
             scale=plan.scale,
-            bias=plan.bias,
+            bias=plan.bias or biased,
+            down_bias=biased,
         )
     module.load_state_dict(state, assign=True)
     return module
+
+
+def neuron_numbers(shape: MoeShape) -> int:
+    """Count the numbers of one neuron: rows of gate, up and down, and two biases, if any."""
+    return 3 * shape.hidden + (2 if shape.biased else 0)
 
 
 def layer_parameters(shape: MoeShape, plan: LayerPlan) -> int:
     """Count the numbers that one layer's fused experts hold, those that codes stand for too."""
     if plan.neurons is not None:
         kept = sum(plan.neurons.values()) + plan.shared
-        return 3 * shape.hidden * kept + shape.experts * plan.shared
+        biases = shape.experts * shape.hidden if shape.biased else 0
+        return neuron_numbers(shape) * kept + shape.experts * plan.shared + biases
     module = make_experts(shape, plan, "meta")
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -148,10 +163,11 @@ def active_parameters(shape: MoeShape, plan: LayerPlan) -> int:
     """Count the numbers of one layer that a token uses at most: its groups' bases, its deltas."""
     if plan.neurons is not None:
         # No expert has more neurons than the teacher's, and none more than there are.
-        neuron = 3 * shape.hidden
+        neuron = neuron_numbers(shape)
+        biases = shape.top_k * shape.hidden if shape.biased else 0
         most = min(shape.top_k * shape.intermediate, sum(plan.neurons.values()))
         most = most if plan.widest is None else plan.widest
-        return neuron * (most + plan.shared) + shape.top_k * plan.shared
+        return neuron * (most + plan.shared) + shape.top_k * plan.shared + biases
     base = 3 * shape.hidden * shape.intermediate
     per_expert = (layer_parameters(shape, plan) - plan.groups * base) // shape.experts
     return min(shape.top_k, plan.groups) * base + shape.top_k * per_expert

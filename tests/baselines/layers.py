@@ -1,6 +1,7 @@
 """One MoE layer of a tiny model as the rivals see it, with what it received and returned."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from numeric import assert_close
@@ -8,9 +9,11 @@ from tiny import tiny_config, tiny_model
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer, method
+from moefuse.checkpoint.native import Weights, from_native, to_native
 from moefuse.families import all_families
-from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
+from moefuse.modeling.native import experts_of
 
 FAMILIES = sorted(all_families())
 E, K, D = 8, 2, 32
@@ -27,17 +30,18 @@ def inputs() -> Tensor:
 def layer_of(
     block: nn.Module,
     model_type: str,
-    config: object = None,
+    config: Any = None,
     x_TD: Tensor | None = None,
 ) -> Layer:
     family = all_families()[model_type]
     native = block.get_submodule(family.experts_name)
-    experts = Experts(native.gate_up_proj.data, native.down_proj.data, native.act_fn)  # type: ignore
+    config = config or tiny_config(model_type)
+    experts = experts_of(native, family, config.to_dict())
     statistics = LayerStatistics.empty(len(experts.gate_up_EFD), D)
     call = teacher_call(block, model_type, x_TD)
     with torch.no_grad():
         statistics.add(call, experts)
-    return Layer(family, config or tiny_config(model_type), block, experts, statistics, call)
+    return Layer(family, config, block, experts, statistics, call)
 
 
 @torch.no_grad()
@@ -55,6 +59,36 @@ def teacher_call(block: nn.Module, model_type: str, x_TD: Tensor | None = None) 
 @cache
 def native_block(model_type: str) -> nn.Module:
     return tiny_model(model_type).get_submodule(all_families()[model_type].moe_path(2))
+
+
+def weights_of(native: nn.Module, model_type: str) -> Weights:
+    """Return gate and up, down and the biases of a native experts module."""
+    parameters = {name: parameter.data for name, parameter in native.named_parameters()}
+    return from_native(parameters, all_families()[model_type].layout)
+
+
+def put_weights(native: nn.Module, model_type: str, weights: Weights) -> None:
+    """Give a native experts module other weights."""
+    for name, tensor in to_native(weights, all_families()[model_type].layout).items():
+        native.get_parameter(name).data = tensor.clone()
+
+
+def block_output(block: nn.Module, x_TD: Tensor) -> Tensor:
+    """Return what a native block makes of a sequence, (1, T, D)."""
+    output = block(x_TD[None])
+    return (output[0] if isinstance(output, tuple) else output).reshape(1, *x_TD.shape)
+
+
+def matrix_numbers(module: nn.Module) -> int:
+    """Count the numbers of a student's matrices: biases come on top of any budget."""
+    named = module.named_parameters()
+    return sum(p.numel() for name, p in named if "bias" not in name)
+
+
+def expert_numbers(model_type: str) -> int:
+    """Count one native expert's numbers, biases and all."""
+    native = native_block(model_type).get_submodule(all_families()[model_type].experts_name)
+    return sum(parameter[0].numel() for parameter in native.parameters())
 
 
 def rows_of(tensor: Tensor, kept: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ from layers import (
     NEED_TWO,
     E,
     K,
+    block_output,
     compressed,
     inputs,
     layer_of,
@@ -18,6 +19,7 @@ from layers import (
     output,
     rows_of,
     teacher_call,
+    weights_of,
     with_scores,
 )
 from numeric import assert_close
@@ -69,8 +71,12 @@ def test_reap_keeps_the_experts_of_highest_score(model_type: str, experts: int) 
 
     assert isinstance(student, KeptExperts)
     native = student.routed.get_submodule(layer.family.experts_name)
-    assert torch.equal(native.gate_up_proj.data, layer.experts.gate_up_EFD[kept])  # type: ignore[union-attr, index]
-    assert torch.equal(native.down_proj.data, layer.experts.down_EDF[kept])  # type: ignore[union-attr, index]
+    gate_up, down, biases = weights_of(native, model_type)
+    assert torch.equal(gate_up, layer.experts.gate_up_EFD[kept])
+    assert torch.equal(down, layer.experts.down_EDF[kept])
+    if biases is not None and layer.experts.biases is not None:
+        assert torch.equal(biases.gate_up_EF, layer.experts.biases.gate_up_EF[kept])
+        assert torch.equal(biases.down_ED, layer.experts.biases.down_ED[kept])
     router = student.routed.get_submodule(layer.family.router_name)
     original = block.get_submodule(layer.family.router_name)
     for name, tensor in original.state_dict().items():
@@ -99,7 +105,8 @@ def test_reap_routes_as_the_native_router_with_those_rows(model_type: str, exper
     for tensor in (*router.parameters(), *router.buffers()):
         tensor.data = rows_of(tensor.data, kept.tolist())
     router.num_experts, router.top_k = experts, min(K, experts)  # type: ignore[assignment]
-    _, weight_TK, index_TK = router(call.x_TD)
+    returned = dict(zip(layer.family.router_returns, router(call.x_TD), strict=True))
+    weight_TK, index_TK = returned["weights"], returned["index"]
     native = block.get_submodule(layer.family.experts_name)
 
     student = method("reap").compress(layer, experts * EXPERT)
@@ -148,7 +155,7 @@ def test_reap_in_the_place_of_its_block_keeps_the_shared_experts(model_type: str
 
     whole = student.block_like(block)
 
-    assert_close(whole(inputs()[None]), block(inputs()[None]))
+    assert_close(block_output(whole, inputs()), block_output(block, inputs()))
     call = teacher_call(block, model_type)
     assert_close(output(student, call), call.y_TD)
 
@@ -165,7 +172,9 @@ def test_distilling_a_rival_lowers_its_error_and_leaves_the_teacher_alone(
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(0.7 if parameter.requires_grad else 1.0)
-    untouched = {n: t.clone() for n, t in student.state_dict().items() if not n.endswith("_proj")}
+    untouched = {
+        n: t.clone() for n, t in student.state_dict().items() if "_proj" not in n.rpartition(".")[2]
+    }
 
     result = distill_layer(student, call, DistillConfig(steps=80, batch_tokens=128, held_back=0.2))
 
@@ -193,8 +202,8 @@ def test_hc_smoe_merges_equal_experts_exactly(model_type: str) -> None:
     block = copy.deepcopy(native_block(model_type))
     experts = block.get_submodule(all_families()[model_type].experts_name)
     twin_of = torch.tensor([0, 1, 0, 3, 1, 0, 3, 7])
-    for parameter in (experts.gate_up_proj, experts.down_proj):
-        parameter.data = parameter.data[twin_of]  # type: ignore[union-attr, index, assignment]
+    for parameter in experts.parameters():
+        parameter.data = parameter.data[twin_of]
     call = teacher_call(block, model_type)
 
     student = method("hc-smoe").compress(layer_of(block, model_type), 4 * EXPERT)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import EXPERT, FAMILIES, D, E, K, inputs, layer_of, native_block, output
+from layers import EXPERT, FAMILIES, D, E, K, inputs, layer_of, matrix_numbers, native_block, output
 from numeric import assert_close
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_distilling_a_spoilt_student_trains_every_weight(model_type: str, name: str) -> None:
     layer = tiny_layer(model_type, x_TD=normal(4000, D))
     student = students(name, layer, 0.4)
-    assert held(student) <= 0.4 * layer.numbers
+    assert matrix_numbers(student) <= 0.4 * layer.numbers
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(0.7)
@@ -145,7 +145,7 @@ def test_the_base_is_the_fisher_weighted_mean() -> None:
     gate_up, down = layer.experts.gate_up_EFD.double(), layer.experts.down_EDF.double()
 
     def one_token(gate_up: Tensor, down: Tensor, token: int) -> Tensor:
-        experts = Experts(gate_up, down, layer.experts.activation)
+        experts = Experts(gate_up, down, layer.experts.gating)
         slots = zip(call.index_TK[token].tolist(), call.weight_TK[token].double(), strict=True)
         x_TD = call.x_TD[token : token + 1].double()
         return sum((w * experts.run(e, x_TD) for e, w in slots), torch.zeros(1, D).double())
@@ -239,7 +239,7 @@ def test_an_expert_with_few_tokens_is_whitened_on_all_of_them() -> None:
     call = layer.call.rows(few)
     own = d2_moe.matrices_of(layer.experts, 3)
     x_TD = call.x_TD.double()
-    z_TF = layer.experts.activation(x_TD @ own.gate.T) * (x_TD @ own.up.T)
+    z_TF = layer.experts.gating(x_TD @ own.gate.T, x_TD @ own.up.T)
 
     moments = d2_moe.whitening_moments(layer.experts, call, 3)
 
@@ -308,8 +308,10 @@ def test_experts_of_planted_bases_give_what_the_teachers_give(model_type: str) -
     layer = tiny_layer(model_type)
     planted_up = [0.2 * planted(6, bases=1, seed=seed) for seed in (0, 10, 20)]
     gate_EFD, up_EFD, down_EFD = planted_up
-    experts = Experts(torch.cat([gate_EFD, up_EFD], 1), down_EFD.mT, layer.experts.activation)
-    native = native_experts(layer, experts.gate_up_EFD, experts.down_EDF)
+    biases = layer.experts.biases
+    experts = Experts(torch.cat([gate_EFD, up_EFD], 1), down_EFD.mT, layer.experts.gating, biases)
+    down_bias = None if biases is None else biases.down_ED
+    native = native_experts(layer, experts.rows_EFD, experts.down_EDF, down_bias)
     y_TD = output(native, layer.call)
     planted_layer = replace(layer, experts=experts, call=replace(layer.call, y_TD=y_TD))
 
@@ -345,7 +347,9 @@ def test_mobe_computes_with_the_matrices_its_factors_make(model_type: str, share
     gate, up, down = (
         multiplied(student.get_submodule(f"{name}_proj")) for name in ("gate", "up", "down")
     )
-    native = native_experts(layer, torch.cat([gate, up], 1), down)
+    biases = layer.experts.biases
+    made = Experts(torch.cat([gate, up], 1), down, layer.experts.gating, biases)
+    native = native_experts(layer, made.rows_EFD, down, biases and biases.down_ED)
     assert_close(output(student, layer.call), output(native, layer.call))
 
 

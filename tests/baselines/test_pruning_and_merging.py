@@ -14,12 +14,16 @@ from layers import (
     E,
     K,
     compressed,
+    expert_numbers,
     inputs,
     layer_of,
+    matrix_numbers,
     native_block,
     output,
+    put_weights,
     rows_of,
     teacher_call,
+    weights_of,
     with_scores,
 )
 from numeric import assert_close
@@ -27,7 +31,6 @@ from tiny import tiny_config, tiny_model
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer, TooSmallError, method, naee, ream
-from moefuse.baselines._merging import expert_weights
 from moefuse.baselines._native import KeptExperts, MergedExperts, kept_experts
 from moefuse.baselines._routing import all_gates, router_logits, spread
 from moefuse.families import all_families
@@ -56,9 +59,10 @@ def kept_by(student: nn.Module, layer: Layer) -> list[int]:
         int((layer.block.get_parameter(name) == row).all(1).nonzero(as_tuple=True)[0])
         for row in rows
     ]
-    native = native_of(student, layer.family.model_type)
-    assert torch.equal(native.get_parameter("gate_up_proj"), layer.experts.gate_up_EFD[kept])
-    assert torch.equal(native.get_parameter("down_proj"), layer.experts.down_EDF[kept])
+    model_type = layer.family.model_type
+    gate_up, down, _ = weights_of(native_of(student, model_type), model_type)
+    assert torch.equal(gate_up, layer.experts.gate_up_EFD[kept])
+    assert torch.equal(down, layer.experts.down_EDF[kept])
     return kept
 
 
@@ -69,8 +73,12 @@ def with_counts(layer: Layer, count_E: Tensor) -> Layer:
 
 def set_expert(block: nn.Module, model_type: str, expert: int, weights: ExpertWeights) -> None:
     native = block.get_submodule(all_families()[model_type].experts_name)
-    native.get_parameter("gate_up_proj").data[expert] = weights.gate_up()
-    native.get_parameter("down_proj").data[expert] = weights.down_DF
+    gate_up, down, biases = weights_of(native, model_type)
+    hidden = down.shape[1]
+    gate_up[expert], down[expert] = weights.gate_up()[:, :hidden], weights.down_DF
+    if biases is not None:
+        biases.gate_up_EF[expert] = weights.gate_up()[:, hidden]
+    put_weights(native, model_type, (gate_up, down, biases))
 
 
 def block_of_copies(model_type: str, original_of: list[int], *, signs: bool) -> nn.Module:
@@ -87,9 +95,14 @@ def block_of_copies(model_type: str, original_of: list[int], *, signs: bool) -> 
         if expert != original:
             order = torch.randperm(16, generator=chance)
             sign = torch.randint(0, 2, (16,), generator=chance) * 2.0 - 1 if signs else None
-            copied = expert_weights(layer, original).permuted(order, sign)
+            if not layer.experts.gating.linear_in_up:
+                sign = None
+            copied = layer.experts.weights(original).permuted(order, sign)
             set_expert(block, model_type, expert, copied)
             rows_ED[expert] = 0.9 * rows_ED[original]
+            native = block.get_submodule(family.experts_name)
+            for bias in (p for name, p in native.named_parameters() if name == "down_proj_bias"):
+                bias.data[expert] = bias.data[original]
     return block
 
 
@@ -147,8 +160,8 @@ def test_a_student_holds_whole_experts_within_its_budget_and_runs(
     student = method(name).compress(layer, budget)
 
     native = native_of(student, model_type)
-    assert sum(p.numel() for p in native.parameters()) == experts * EXPERT
-    assert student.active_parameters(K) == min(K, experts) * EXPERT
+    assert matrix_numbers(native) == experts * EXPERT
+    assert student.active_parameters(K) == min(K, experts) * expert_numbers(model_type)
     y_TD = output(student, layer.call)
     assert y_TD.shape == layer.call.y_TD.shape
     assert y_TD.isfinite().all()
@@ -185,8 +198,9 @@ def test_the_teacher_is_left_alone_and_only_experts_train(model_type: str, name:
                 parameter.sub_(parameter.grad)
 
     trained = {n for n, p in student.named_parameters() if p.grad is not None}
-    assert {name.rpartition(".")[2] for name in trained} == {"gate_up_proj", "down_proj"}
-    assert len(trained) == 2
+    native = block.get_submodule(layer.family.experts_name)
+    assert {name.rpartition(".")[2] for name in trained} == dict(native.named_parameters()).keys()
+    assert len(trained) == len(list(native.parameters()))
     assert all(torch.equal(tensor, before[key]) for key, tensor in block.state_dict().items())
 
 
@@ -321,7 +335,7 @@ def test_naee_finds_the_experts_that_others_stand_in_for(
     for original, twin in ((1, 4), (6, 2)):
         rows_ED[original] *= 10
         rows_ED[twin] = rows_ED[original] + 1e-4 * torch.randn(D, generator=chance)
-        copied = expert_weights(layer_of(block, "mixtral", config), original)
+        copied = layer_of(block, "mixtral", config).experts.weights(original)
         set_expert(block, "mixtral", twin, copied)
     layer = layer_of(block, "mixtral", config)
     twins, others = [1, 2, 4, 6], [0, 3, 5, 7]
@@ -388,9 +402,9 @@ def test_m_smoe_weighs_aligned_members_by_how_often_each_is_chosen() -> None:
     for dominant in (7, 1):
         group = student.merged_of_expert[dominant]
         members = (student.merged_of_expert == group).nonzero().flatten().tolist()
-        reference = expert_weights(layer, dominant)
+        reference = layer.experts.weights(dominant)
         share = (COUNTS[members] / COUNTS[members].sum()).float()
-        aligned = [align(reference, expert_weights(layer, member)) for member in members]
+        aligned = [align(reference, layer.experts.weights(member)) for member in members]
         gate_up = sum(w * expert.gate_up() for w, expert in zip(share, aligned, strict=True))
         down = sum(w * expert.down_DF for w, expert in zip(share, aligned, strict=True))
         assert_close(student.native.get_parameter("gate_up_proj")[group], gate_up)  # type: ignore[arg-type]
@@ -424,7 +438,7 @@ def test_ream_weighs_members_by_saliency_so_that_the_centre_dominates() -> None:
     student = method("ream").compress(layer, 6 * EXPERT)
 
     assert isinstance(student, MergedExperts)
-    merged, centre = student.native, expert_weights(layer, 3)
+    merged, centre = student.native, layer.experts.weights(3)
     assert_close(merged.get_parameter("gate_up_proj")[1], centre.gate_up())
     expected = (9 * 1.0 + 1 * 0.5 + 2 * 0.8) / 12 * centre.down_DF
     assert_close(merged.get_parameter("down_proj")[1], expected)
@@ -500,7 +514,11 @@ def test_gates_of_all_experts_are_the_family_s_own_scores(model_type: str) -> No
     gates_TE = all_gates(layer, logits_TE)
 
     rows_ED = layer.block.get_parameter(f"{layer.family.router_name}.{layer.family.router_weight}")
-    assert_close(logits_TE, layer.call.x_TD @ rows_ED.T)
+    bias = layer.family.router_bias
+    own_TE = layer.call.x_TD @ rows_ED.T
+    if bias is not None:
+        own_TE = own_TE + layer.block.get_parameter(f"{layer.family.router_name}.{bias}")
+    assert_close(logits_TE, own_TE)
     chosen_TK = gates_TE.gather(1, layer.call.index_TK)
     ratio_T = chosen_TK[:, 0] / chosen_TK[:, 1]
     assert_close(ratio_T, layer.call.weight_TK[:, 0] / layer.call.weight_TK[:, 1])

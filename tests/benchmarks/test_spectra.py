@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moefuse.mathematics.alignment import ExpertWeights
 from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.modeling.modeling_moefuse import PlainGating
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -108,7 +109,7 @@ def test_shares_of_the_greatest() -> None:
 
 def test_down_roots_square_to_the_moment_of_neurons() -> None:
     gate_up_EFD, down_EDF = normal(2, 2 * F, D), normal(2, D, F)
-    experts = Experts(gate_up_EFD, down_EDF, nn.functional.silu)
+    experts = Experts(gate_up_EFD, down_EDF, PlainGating(nn.functional.silu))
     index_TK = torch.tensor([[0], [1], [0], [0]])
     weight_TK = torch.tensor([[0.5], [1.0], [2.0], [1.0]])
     call = ExpertsCall(normal(4, D), index_TK, weight_TK, normal(4, D))

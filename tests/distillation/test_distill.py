@@ -19,7 +19,9 @@ from moefuse.distillation.loop import (
 from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.losses import relative_error
 from moefuse.modeling import FusedExperts
+from moefuse.modeling.modeling_moefuse import PlainGating
 
+GATING = PlainGating(torch.nn.functional.silu)
 T, K, E, G, R, D, F = 600, 2, 6, 2, 3, 8, 6
 OPTIONS = DistillConfig(steps=30, batch_tokens=64)
 
@@ -29,7 +31,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def random_student(seed: int) -> FusedExperts:
-    student = FusedExperts(D, F, E, G, R, torch.nn.functional.silu, scale=True, bias=True)
+    student = FusedExperts(D, F, E, G, R, GATING, scale=True, bias=True)
     with torch.no_grad():
         for number, parameter in enumerate(student.parameters()):
             parameter.copy_(0.3 * normal(*parameter.shape, seed=1000 * seed + number))
@@ -243,7 +245,7 @@ def test_the_floor_is_not_the_peak() -> None:
 
 
 def test_students_with_nothing_to_train_but_deltas_or_bases_are_distilled() -> None:
-    bare = FusedExperts(D, F, E, G, 0, torch.nn.functional.silu)
+    bare = FusedExperts(D, F, E, G, 0, GATING)
     bare.reset_parameters()
     result = distill_layer(bare, CALL, OPTIONS)
     assert result.after < result.before

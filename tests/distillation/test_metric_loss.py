@@ -18,7 +18,9 @@ from moefuse.distillation.loop import (
 from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.losses import student_output
 from moefuse.modeling import FusedExperts
+from moefuse.modeling.modeling_moefuse import PlainGating
 
+GATING = PlainGating(torch.nn.functional.silu)
 T, K, E, D, F = 600, 2, 6, 8, 6
 OPTIONS = DistillConfig(steps=60, batch_tokens=64, learning_rate=1e-2)
 DAMPING = 0.05
@@ -29,7 +31,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def random_experts(groups: int, rank: int, seed: int) -> FusedExperts:
-    experts = FusedExperts(D, F, E, groups, rank, torch.nn.functional.silu, scale=True, bias=True)
+    experts = FusedExperts(D, F, E, groups, rank, GATING, scale=True, bias=True)
     with torch.no_grad():
         for number, parameter in enumerate(experts.parameters()):
             parameter.copy_(0.5 * normal(*parameter.shape, seed=1000 * seed + number))

@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from numeric import assert_close
 from tiny import save_tiny, tiny_config
 
+from moefuse.checkpoint.native import to_native
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.errors import UserError
 from moefuse.families import (
+    ExpertsLayout,
     MoeShape,
     all_families,
     collect,
     family_of,
     unsupported_families,
 )
+from moefuse.modeling.native import experts_of
 
 FAMILIES = sorted(all_families())
 SPARSE = {
@@ -26,6 +30,11 @@ SPARSE = {
     "deepseek_v3": (1, 2),
     "ernie4_5_moe": (1, 2),
     "glm4_moe": (1, 2),
+    "gpt_oss": (0, 1, 2),
+    "granitemoe": (0, 1, 2),
+    "minimax": (0, 1, 2),
+    "phimoe": (0, 1, 2),
+    "qwen3_5_moe_text": (0, 1, 2),
     "hunyuan_v1_moe": (0, 1, 2),
     "mixtral": (0, 1, 2),
     "olmoe": (0, 1, 2),
@@ -39,10 +48,17 @@ SHARED = {
     "glm4_moe": 1,
     "hunyuan_v1_moe": 1,
     "qwen2_moe": 1,
+    "qwen3_5_moe_text": 1,
 }
 
 
+def layout_of(experts: Any) -> ExpertsLayout:
+    """Return the layout that Transformers itself says an experts module has."""
+    return ExpertsLayout(experts.is_transposed, not experts.is_concatenated, experts.has_bias)
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
 def test_contract(model_type: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path, model_type)
 
@@ -55,6 +71,7 @@ def test_contract(model_type: str, tmp_path: Path) -> None:
         shared_experts=SHARED.get(model_type, 0),
         hidden=32,
         intermediate=16,
+        biased=model_type == "gpt_oss",
     )
     for layer, module in enumerate(model.get_submodule(reader.family.layers_path)):
         stored = reader.read_layer(layer, experts=False)
@@ -69,9 +86,17 @@ def test_contract(model_type: str, tmp_path: Path) -> None:
         moe = model.get_submodule(reader.family.moe_path(layer))
         experts = moe.get_submodule(reader.family.experts_name)
         moe.get_submodule(reader.family.router_name)
-        gate_up, down = reader.read_experts(layer)
-        assert torch.equal(gate_up, experts.gate_up_proj)
-        assert torch.equal(down, experts.down_proj)
+        native = to_native(reader.read_experts(layer), reader.family.layout)
+        parameters = dict(experts.named_parameters())
+        assert native.keys() == parameters.keys()
+        assert all(torch.equal(native[name], parameters[name]) for name in native)
+        assert reader.family.layout == layout_of(experts)
+        x_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        read = experts_of(experts, reader.family, reader.config)
+        for expert in range(8):
+            chosen_T1 = torch.full((5, 1), expert)
+            alone = experts(x_TD, chosen_T1, torch.ones(5, 1))
+            assert_close(read.run(expert, x_TD), alone)
     outside = {name: reader.read(name) for name in reader.outside_names()}
     state = model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in outside.items())
@@ -90,7 +115,7 @@ def test_classes_exist_and_belong_together(model_type: str) -> None:
     assert config_class.model_type == model_type
     assert causal_lm.config_class is base_model.config_class is config_class
     assert family.layer_prefix(3) == family.layers_path + ".3."
-    assert family.moe_path(3) == "model.layers.3.mlp"
+    assert family.moe_path(3) == f"model.layers.3.{family.moe_name}"
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -13,7 +13,9 @@ from torch import Tensor
 from moefuse.config import FactorConfig
 from moefuse.fusion.factor import MASS_FLOOR, factor_layer, factor_matrices
 from moefuse.mathematics.alignment import ExpertWeights
+from moefuse.mathematics.experts import Experts
 from moefuse.mathematics.lowrank import damped, expected_error, low_rank
+from moefuse.modeling.modeling_moefuse import PlainGating
 
 D, F, E = 14, 10, 6
 GROUPS = torch.tensor([0, 1, 1, 0, 1, 2])
@@ -24,10 +26,14 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def plain(gate_up_EFD: Tensor, down_EDF: Tensor) -> Experts:
+    return Experts(gate_up_EFD, down_EDF, PlainGating(torch.nn.functional.silu))
+
+
 def factor(
     gate_up_EFD: Tensor, down_EDF: Tensor, rank: int, *, groups: Tensor = GROUPS, **options: Any
 ) -> dict[str, Tensor]:
-    return factor_layer(gate_up_EFD, down_EDF, groups, MASS, rank, FactorConfig(**options))
+    return factor_layer(plain(gate_up_EFD, down_EDF), groups, MASS, rank, FactorConfig(**options))
 
 
 def effective(state: dict[str, Tensor], part: str) -> Tensor:
@@ -254,7 +260,8 @@ def test_an_expert_never_routed_counts_a_little() -> None:
     gate_up_EFD, down_EDF = normal(2, 2 * F, D, seed=0), normal(2, D, F, seed=1)
     groups, mass_E = torch.tensor([0, 0]), torch.tensor([1.0, 0.0], dtype=torch.float64)
 
-    state = factor_layer(gate_up_EFD, down_EDF, groups, mass_E, 0, FactorConfig(align=False))
+    layer = plain(gate_up_EFD, down_EDF)
+    state = factor_layer(layer, groups, mass_E, 0, FactorConfig(align=False))
 
     little = MASS_FLOOR * 0.5 / (1 + MASS_FLOOR * 0.5)
     expected = (1 - little) * down_EDF[0] + little * down_EDF[1]
@@ -265,9 +272,8 @@ def test_an_expert_never_routed_counts_a_little() -> None:
 def test_a_layer_never_routed_has_plain_means() -> None:
     gate_up_EFD, down_EDF = normal(2, 2 * F, D, seed=0), normal(2, D, F, seed=1)
 
-    state = factor_layer(
-        gate_up_EFD, down_EDF, torch.tensor([0, 0]), torch.zeros(2), 0, FactorConfig(align=False)
-    )
+    layer = plain(gate_up_EFD, down_EDF)
+    state = factor_layer(layer, torch.tensor([0, 0]), torch.zeros(2), 0, FactorConfig(align=False))
 
     assert_close(state["bases.0.down_proj.weight"], down_EDF.mean(0))
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numeric import assert_close
+from numeric import SILU, assert_close
 from torch import Tensor
 
 from moefuse.fusion.allocate import FULL, LOW_BITS
@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-EXPERTS = Experts(normal(E, 2 * F, D, seed=1), normal(E, D, F, seed=2), torch.nn.functional.silu)
+EXPERTS = Experts(normal(E, 2 * F, D, seed=1), normal(E, D, F, seed=2), SILU)
 
 
 def run(x_TD: Tensor, index_TK: Tensor, w_TK: Tensor) -> Tensor:
@@ -154,9 +154,10 @@ def test_all_left_over_neurons_shared_whole_are_the_teacher() -> None:
 def test_an_expert_that_was_never_chosen_takes_the_mean_gains_of_the_others() -> None:
     recorded = call(experts=E - 1)
     owned_EF = best(10).bool()
-    shared_PSD = layer_neurons(EXPERTS, shared_neurons(ENERGY_EF, owned_EF, 5))
+    shared_S = shared_neurons(ENERGY_EF, owned_EF, 5)
+    shared_PSD = layer_neurons(EXPERTS, shared_S)
 
-    gain_ES = fit_shared_gains(EXPERTS, recorded, owned_EF, shared_PSD)
+    gain_ES = fit_shared_gains(EXPERTS, recorded, owned_EF, shared_S, shared_PSD)
 
     assert importance(EXPERTS, recorded)[E - 1].eq(0).all()
     assert_close(gain_ES[E - 1], gain_ES[: E - 1].mean(0))

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from moefuse.config import FactorConfig, SizeConfig
 from moefuse.errors import UserError
+from moefuse.export.assemble import experts_form
 from moefuse.families import MoeShape, all_families, family_of
 from moefuse.fusion.memory import (
     Needs,
@@ -109,7 +110,8 @@ def fused_model(model_type: str, groups: int, rank: int, **changes: Any) -> nn.M
     layer = {"groups": groups, "rank": rank, "delta": "low_rank", "scale": True, "bias": False}
     layers = {str(at): layer for at in all_families()[model_type].shape(settings).layers}
     config_class, _, causal = fused_classes(model_type)
-    config = config_class.from_dict({**settings, "moefuse": {"layers": layers}})
+    block = {"layers": layers, **experts_form(settings, all_families()[model_type])}
+    config = config_class.from_dict({**settings, "moefuse": block})
     return causal(config).eval()
 
 

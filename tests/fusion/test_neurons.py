@@ -30,8 +30,10 @@ from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.losses import measure, power_of, student_output
 from moefuse.mathematics.statistics import LayerStatistics
 from moefuse.modeling import FusedExperts
+from moefuse.modeling.modeling_moefuse import PlainGating
 from moefuse.sizes import LayerPlan, load_experts
 
+GATING = PlainGating(torch.nn.functional.silu)
 T, K, E, D, F = 400, 2, 6, 9, 5
 GROUPS = torch.tensor([0, 1, 1, 0, 1, 2])
 
@@ -43,7 +45,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 def experts_of(width: int = F, hidden: int = D, seed: int = 0) -> Experts:
     """Return random experts that have nothing in common."""
     gate_up_EFD = normal(E, 2 * width, hidden, seed=seed)
-    return Experts(gate_up_EFD, normal(E, hidden, width, seed=seed + 1), torch.nn.functional.silu)
+    return Experts(gate_up_EFD, normal(E, hidden, width, seed=seed + 1), GATING)
 
 
 def call_of(

@@ -10,6 +10,7 @@ from moefuse.grouping.assign import GROUPINGS, group_layer
 from moefuse.mathematics.alignment import ExpertWeights
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
+from moefuse.modeling.modeling_moefuse import PlainGating
 
 D, F, K = 12, 10, 2
 PLANTED = torch.tensor([0, 1, 1, 0, 2, 1, 1, 2, 1])
@@ -37,7 +38,7 @@ def disguised_members() -> Experts:
     return Experts(
         torch.stack([member.gate_up() for member in members]),
         torch.stack([member.down_DF for member in members]),
-        torch.nn.functional.silu,
+        PlainGating(torch.nn.functional.silu),
     )
 
 
@@ -107,7 +108,7 @@ def test_experts_that_are_all_the_same_are_grouped_too(grouping: str) -> None:
     same = Experts(
         EXPERTS.gate_up_EFD[:1].expand(E, -1, -1),
         EXPERTS.down_EDF[:1].expand(E, -1, -1),
-        EXPERTS.activation,
+        EXPERTS.gating,
     )
     statistics = LayerStatistics.empty(E, D)
 

@@ -47,7 +47,7 @@ def shard(student: Path, teacher: Path, text: Path, out: Path) -> None:
     family = all_families()["deepseek_v2"]
     options = HealConfig(hidden=0.1, cross_entropy=0.1)
     model, tokenizer = load_model(student, dtype="float32")
-    source = LiveTeacher(load_model(teacher, dtype="float32")[0])
+    source = LiveTeacher(load_model(teacher, dtype="float32")[0], family)
     data: Any = PackedRows(pack(load_documents(text), tokenizer, 32, tokens=2000, seed=0))
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     trainer = HealingTrainer(

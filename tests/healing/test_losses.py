@@ -42,7 +42,7 @@ def trainer_of(
 ) -> HealingTrainer:
     family = all_families()[student.config.model_type]
     arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none")
-    source = LiveTeacher(teacher)
+    source = LiveTeacher(teacher, family)
     return HealingTrainer(
         family=family, options=options, source=source, model=student, args=arguments
     )

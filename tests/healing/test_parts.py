@@ -145,7 +145,7 @@ def test_the_optimiser_remembers_only_what_trains(
     options = HealConfig(**SHORT, train=trained, router=router)
     model = student(folder, form)
     stored_to_trained(model)
-    source = LiveTeacher(teacher(folder))
+    source = LiveTeacher(teacher(folder), FAMILY)
 
     train(
         model,

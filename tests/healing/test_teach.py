@@ -77,7 +77,8 @@ def test_what_is_kept_is_what_the_whole_teacher_says(
     made = teach(teacher, tmp_path / "cache", {**SETTINGS, "data": str(data)})
 
     cache = TeacherCache.open(tmp_path / "cache")
-    assert (cache.manifest, len(cache.manifest.wave_bytes)) == (made.manifest, 3)
+    waves = 4 if all_families()[model_type].one_piece_a_row else 3  # of rows that are less full
+    assert (cache.manifest, len(cache.manifest.wave_bytes)) == (made.manifest, waves)
     assert 400 < cache.text.tokens == cache.manifest.tokens < 600
     assert (cache.text.position_NS == 0).sum() > 1.5 * cache.text.rows
     cache.check(teacher_fingerprint=CheckpointReader.open(teacher).fingerprint())

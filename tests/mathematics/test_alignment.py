@@ -33,16 +33,17 @@ def inputs(hidden: int = D) -> Tensor:
     return torch.randn(20, hidden, generator=generator(99))
 
 
+def tensors(expert: ExpertWeights) -> tuple[Tensor, ...]:
+    return expert.gate_FD, expert.up_FD, expert.down_DF
+
+
 def assert_same_weights(actual: ExpertWeights, expected: ExpertWeights) -> None:
-    for name, tensor in vars(expected).items():
-        assert_close(getattr(actual, name), tensor)
+    for one, other in zip(tensors(actual), tensors(expected), strict=True):
+        assert_close(one, other)
 
 
 def squared_distance(a: ExpertWeights, b: ExpertWeights) -> float:
-    return sum(
-        float((x - y).square().sum())
-        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
-    )
+    return sum(float((x - y).square().sum()) for x, y in zip(tensors(a), tensors(b), strict=True))
 
 
 def disguised(expert: ExpertWeights, seed: int) -> tuple[ExpertWeights, Tensor, Tensor]:
@@ -85,7 +86,7 @@ def test_dead_neurons_stay_finite_and_dead() -> None:
 
     balanced = expert.balanced()
 
-    assert all(tensor.isfinite().all() for tensor in vars(balanced).values())
+    assert all(tensor.isfinite().all() for tensor in tensors(balanced))
     assert_close(run(balanced, inputs()), run(expert, inputs()))
 
 

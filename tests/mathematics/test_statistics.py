@@ -8,7 +8,9 @@ from torch import Tensor
 from moefuse.mathematics import statistics as statistics_module
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
+from moefuse.modeling.modeling_moefuse import PlainGating
 
+GATING = PlainGating(torch.nn.functional.silu)
 T, K, E, D, F = 50, 3, 7, 6, 5
 NEVER = [2, 6]
 
@@ -17,7 +19,7 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-EXPERTS = Experts(normal(E, 2 * F, D, seed=0), normal(E, D, F, seed=1), torch.nn.functional.silu)
+EXPERTS = Experts(normal(E, 2 * F, D, seed=0), normal(E, D, F, seed=1), GATING)
 
 
 def random_call(tokens: int, seed: int) -> ExpertsCall:
@@ -164,9 +166,7 @@ def test_statistics_come_back_from_their_tensors() -> None:
 def test_bf16_calls_are_counted_exactly_and_summed_in_more_bits() -> None:
     call = random_call(T, 3)
     narrow = ExpertsCall(call.x_TD.bfloat16(), call.index_TK, call.weight_TK, call.y_TD.bfloat16())
-    experts = Experts(
-        EXPERTS.gate_up_EFD.bfloat16(), EXPERTS.down_EDF.bfloat16(), EXPERTS.activation
-    )
+    experts = Experts(EXPERTS.gate_up_EFD.bfloat16(), EXPERTS.down_EDF.bfloat16(), EXPERTS.gating)
     found = LayerStatistics.empty(E, D)
 
     found.add(narrow, experts)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moefuse.modeling import FusedExperts
+from moefuse.modeling.modeling_moefuse import ClampedGating, PlainGating
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,19 @@ class Sizes:
     hit: int = 8
 
 
+GATINGS = {
+    "plain": PlainGating(torch.nn.functional.silu),
+    "clamped": ClampedGating(alpha=1.7, limit=1.0),
+}
+
+
 def random_experts(
-    sizes: Sizes, *, seed: int = 0, may_be_empty: bool = False, **options: Any
+    sizes: Sizes,
+    *,
+    seed: int = 0,
+    may_be_empty: bool = False,
+    gating: str = "plain",
+    **options: Any,
 ) -> FusedExperts:
     """Return a module none of whose parameters is zero, one or shared.
 
@@ -36,7 +48,7 @@ def random_experts(
         sizes.experts,
         sizes.groups,
         sizes.rank,
-        torch.nn.functional.silu,
+        GATINGS[gating],
         **options,
     )
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """Where nothing is lost the student is the teacher, for every family."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from numeric import BF16, assert_close
-from tiny import TEXT, save_tiny, tiny_model
+from tiny import TEXT, save_tiny, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,7 @@ from moefuse.config import FactorConfig
 from moefuse.families import MoeShape, all_families
 from moefuse.fusion.factor import factor_layer
 from moefuse.modeling import FusedExperts, load_fused
+from moefuse.modeling.native import experts_of
 from moefuse.pipeline import fuse
 from moefuse.sizes import LayerPlan, make_experts, maximum_rank
 
@@ -31,13 +33,14 @@ def native_experts(model_type: str) -> nn.Module:
     return tiny_model(model_type).get_submodule(f"{family.moe_path(2)}.{family.experts_name}")
 
 
-def fused(native: Any, group_of_expert: Tensor, rank: int, **options: Any) -> FusedExperts:
+def fused(model_type: str, group_of_expert: Tensor, rank: int, **options: Any) -> FusedExperts:
+    family, native = all_families()[model_type], native_experts(model_type)
     settings = FactorConfig(**options)
     mass_E = torch.rand(E, generator=torch.Generator().manual_seed(1))
     few_TD = torch.randn(5, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    experts = experts_of(native, family, tiny_config(family.model_type).to_dict())
     state = factor_layer(
-        native.gate_up_proj.data,
-        native.down_proj.data,
+        experts,
         group_of_expert,
         mass_E,
         rank,
@@ -45,7 +48,8 @@ def fused(native: Any, group_of_expert: Tensor, rank: int, **options: Any) -> Fu
         few_TD.T @ few_TD / 5,
     )
     plan = LayerPlan(int(group_of_expert.max()) + 1, rank, scale=settings.scale, bias=settings.bias)
-    student = make_experts(SHAPE, plan, "cpu", native.act_fn)
+    shape = replace(SHAPE, biased=family.layout.biased)
+    student = make_experts(shape, plan, "cpu", experts.gating)
     student.load_state_dict(state)
     return student
 
@@ -68,7 +72,7 @@ def test_full_rank_is_the_native_layer(
     rank = maximum_rank(SHAPE)
     assert rank == min(D, 2 * F)
 
-    student = fused(native, groups, rank, **options)
+    student = fused(model_type, groups, rank, **options)
 
     assert student.delta is not None
     assert student.delta.down_a.shape == (E, min(D, F), F)  # type: ignore[union-attr]
@@ -80,7 +84,7 @@ def test_full_rank_is_the_native_layer(
 def test_whitening_is_exact_at_full_rank_too(model_type: str) -> None:
     native = native_experts(model_type)
 
-    student = fused(native, UNEVEN, maximum_rank(SHAPE), damping=0.0)
+    student = fused(model_type, UNEVEN, maximum_rank(SHAPE), damping=0.0)
 
     assert_close(student(*call()), native(*call()))
 
@@ -90,7 +94,7 @@ def test_whitening_is_exact_at_full_rank_too(model_type: str) -> None:
 def test_one_base_for_every_expert_is_the_native_layer(model_type: str) -> None:
     native = native_experts(model_type)
 
-    student = fused(native, torch.arange(E), 0)
+    student = fused(model_type, torch.arange(E), 0)
 
     assert student.delta is None
     assert_close(student(*call()), native(*call()))
@@ -100,7 +104,7 @@ def test_one_base_for_every_expert_is_the_native_layer(model_type: str) -> None:
 def test_one_rank_below_full_is_not_exact() -> None:
     """The tests above can fail: a rank less is seen at their tolerance."""
     native = native_experts("mixtral")
-    student = fused(native, UNEVEN, maximum_rank(SHAPE) - 1)
+    student = fused("mixtral", UNEVEN, maximum_rank(SHAPE) - 1)
 
     with pytest.raises(AssertionError, match="off by"):
         assert_close(student(*call()), native(*call()))
@@ -108,7 +112,7 @@ def test_one_rank_below_full_is_not_exact() -> None:
 
 def test_gradients_reach_the_layers_before() -> None:
     native = native_experts("qwen3_moe")
-    student = fused(native, UNEVEN, maximum_rank(SHAPE))
+    student = fused("qwen3_moe", UNEVEN, maximum_rank(SHAPE))
     found = []
     for module in (student, native):
         x_TD, index_TK, w_TK = call()

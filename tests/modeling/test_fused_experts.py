@@ -1,6 +1,7 @@
 """The fused experts against their slow twin, and against themselves in other orders."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ KINDS = [
     {"scale": True, "bias": False},
     {"scale": False, "bias": True},
     {"scale": True, "bias": True},
+    {"bias": True, "down_bias": True, "gating": "clamped"},
+    {"scale": True, "down_bias": True, "gating": "clamped"},
 ]
 Forward = Callable[[FusedExperts, Tensor, Tensor, Tensor], Tensor]
 
@@ -44,7 +47,7 @@ def gradients(
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> tuple[Sizes, dict[str, bool], int]:
+def layers(draw: st.DrawFn) -> tuple[Sizes, dict[str, Any], int]:
     experts = draw(st.integers(1, 7))
     top_k = draw(st.integers(1, min(experts, 4)))
     sizes = Sizes(
@@ -63,7 +66,7 @@ def layers(draw: st.DrawFn) -> tuple[Sizes, dict[str, bool], int]:
 @given(layers())
 @settings(max_examples=150, deadline=None)
 def test_outputs_and_gradients_are_those_of_the_slow_twin(
-    drawn: tuple[Sizes, dict[str, bool], int],
+    drawn: tuple[Sizes, dict[str, Any], int],
 ) -> None:
     sizes, options, seed = drawn
     module = random_experts(sizes, seed=seed, may_be_empty=True, **options)

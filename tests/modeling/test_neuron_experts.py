@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numeric import BF16, assert_close
+from random_experts import GATINGS
 from torch import Tensor, nn
 
 from moefuse.config import DistillConfig
@@ -18,6 +19,7 @@ from moefuse.modeling.modeling_moefuse import (
     CODED,
     CodedRows,
     NeuronExperts,
+    PlainGating,
     make_rows,
     own_name,
 )
@@ -54,6 +56,7 @@ class Sizes:
     bits: tuple[str, ...] = WIDTHS
     shared_bits: str = "2"
     gain_bits: str = "4"
+    biased: bool = False
 
 
 @torch.no_grad()
@@ -65,12 +68,15 @@ def random_layer(sizes: Sizes, seed: int = 0) -> tuple[NeuronExperts, dict[str, 
     made = NeuronExperts(
         sizes.hidden,
         sizes.experts,
-        nn.functional.silu,
+        GATINGS["clamped" if sizes.biased else "plain"],
         neurons=counts,
         shared=sizes.shared,
         shared_bits=sizes.shared_bits,
         gain_bits=sizes.gain_bits,
+        biased=sizes.biased,
     )
+    if made.down_bias is not None:
+        made.down_bias.copy_(normal(sizes.experts, sizes.hidden, seed=seed))
     made.widths.copy_(widths)
     latents: dict[str, Tensor] = {}
     for number, (name, rows) in enumerate(made.named_modules()):
@@ -119,6 +125,7 @@ def layers(draw: st.DrawFn) -> Sizes:
         bits=tuple(sorted(draw(st.sets(st.sampled_from(WIDTHS))), key=float)),
         shared_bits=draw(st.sampled_from(["2", "16"])),
         gain_bits=draw(st.sampled_from(["4", "16"])),
+        biased=draw(st.booleans()),
     )
 
 
@@ -207,7 +214,7 @@ def test_bit_widths_lie_in_order_whatever_order_the_configuration_has() -> None:
         other = NeuronExperts(
             13,
             6,
-            nn.functional.silu,
+            PlainGating(nn.functional.silu),
             neurons={name: counts[name] for name in names},
             shared=3,
             shared_bits="2",
@@ -447,8 +454,18 @@ def test_padded_products_are_those_of_one_expert_after_another(sizes: Sizes, see
         expected = module._own(x_TD, token_N, weight_N, rows_per_expert)
         rows_PMD = torch.cat([all_rows(rows) for rows in module.own.children()], 1)
 
+        bias_PM1 = None
+        if module.own_bias is not None:
+            bias_PM1 = torch.cat([all_rows(rows) for rows in module.own_bias.children()], 1)
+
         actual = padded_own(
-            rows_PMD, module.widths, module.act_fn, x_TD[token_N], weight_N, rows_per_expert
+            rows_PMD,
+            module.widths,
+            module.gating,
+            x_TD[token_N],
+            weight_N,
+            rows_per_expert,
+            bias_PM1,
         )
 
     assert_close(actual, expected)

@@ -55,7 +55,8 @@ class Healing:
     def text(self, tokens: int, seed: int) -> PackedText:
         """Pack the text that students of one ``seed`` are healed on."""
         length = self.options.sequence_length
-        return pack(self.documents, self.tokenizer, length, tokens=tokens, seed=seed)
+        apart = self.family.one_piece_a_row
+        return pack(self.documents, self.tokenizer, length, tokens=tokens, seed=seed, apart=apart)
 
 
 def healing_of(job: Job, values: Mapping[str, Any], *, mixed: bool = False) -> Healing:

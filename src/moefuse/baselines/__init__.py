@@ -51,7 +51,10 @@ class Layer:
 
     @property
     def numbers(self) -> int:
-        """Numbers that all routed experts hold."""
+        """Numbers that the matrices of all routed experts hold.
+
+        Biases come on top for the teacher and all its students alike.
+        """
         return self.experts.gate_up_EFD.numel() + self.experts.down_EDF.numel()
 
     def experts_within(self, numbers: int) -> int:

@@ -14,12 +14,6 @@ Aligner = Callable[[int, int], ExpertWeights]
 """From the numbers of a centre and of another expert to that expert's weights, aligned."""
 
 
-def expert_weights(layer: Layer, expert: int) -> ExpertWeights:
-    """Return one expert of the layer."""
-    gate_FD, up_FD = layer.experts.gate_up_EFD[expert].chunk(2)
-    return ExpertWeights(gate_FD, up_FD, layer.experts.down_EDF[expert])
-
-
 def merge_into_centres(
     layer: Layer, centre_E: Tensor, weight_E: Tensor, aligned: Aligner
 ) -> MergedExperts:
@@ -32,13 +26,17 @@ def merge_into_centres(
     group_E = canonical(centre_E)
     share_E = weight_E / torch.zeros_like(weight_E).index_add(0, group_E, weight_E)[group_E]
     groups = int(group_E.max()) + 1
-    gate_up_GFD = torch.zeros_like(layer.experts.gate_up_EFD[:groups])
-    down_GDF = torch.zeros_like(layer.experts.down_EDF[:groups])
+    experts = layer.experts
+    rows_GFD = torch.zeros_like(experts.rows_EFD[:groups])
+    down_GDF = torch.zeros_like(experts.down_EDF[:groups])
+    bias_GD = None if experts.biases is None else torch.zeros_like(experts.biases.down_ED[:groups])
     for expert, centre in enumerate(centre_E.tolist()):
         own = expert == centre
-        weights = expert_weights(layer, expert) if own else aligned(centre, expert)
+        weights = experts.weights(expert) if own else aligned(centre, expert)
         share = float(share_E[expert])
-        gate_up_GFD[group_E[expert]] += share * weights.gate_up()
+        rows_GFD[group_E[expert]] += share * weights.gate_up()
         down_GDF[group_E[expert]] += share * weights.down_DF
-    native = native_experts(layer, gate_up_GFD, down_GDF)
-    return MergedExperts(native, group_E.to(gate_up_GFD.device))
+        if experts.biases is not None and bias_GD is not None:
+            bias_GD[group_E[expert]] += share * experts.biases.down_ED[expert]
+    native = native_experts(layer, rows_GFD, down_GDF, bias_GD)
+    return MergedExperts(native, group_E.to(rows_GFD.device))

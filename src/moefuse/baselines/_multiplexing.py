@@ -21,13 +21,13 @@ chose any of them, D hidden width, O outputs, I inputs, R rank, Q = M * R rows o
 factors, or R of a fused LoRA's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from moefuse.mathematics.experts import ExpertsCall
+from moefuse.mathematics.experts import ExpertsCall, Gating
 
 ADAPTER_SHARE = 0.1
 """Mean absolute output that an adapter starts with, of that of its base weight."""
@@ -62,23 +62,26 @@ class Lora(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """A base ``weight`` (O, I) fp32 and, unless it is None, its ``adapter``."""
+    """A base ``weight`` (O, I) fp32, its ``bias`` (O,) and ``adapter``, unless these are None."""
 
-    def __init__(self, weight_OI: Tensor, adapter: Lora | None) -> None:
+    def __init__(
+        self, weight_OI: Tensor, adapter: Lora | None, bias_O: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_OI)
+        self.bias = None if bias_O is None else nn.Parameter(bias_O)
         self.adapter = adapter
 
     def forward(self, u_PI: Tensor, s_PM: Tensor) -> Tensor:
         """Return the output, (P, O), of inputs (P, I) under routing weights (P, M)."""
-        output_PO = linear(u_PI, self.weight)
+        output_PO = linear(u_PI, self.weight, self.bias)
         return output_PO if self.adapter is None else output_PO + self.adapter(u_PI, s_PM)
 
     def rescale(self, u_PI: Tensor, s_PM: Tensor) -> None:
         """Scale each output of the adapter to ``ADAPTER_SHARE`` of the base's over those inputs."""
         if self.adapter is None:
             return
-        base_O = linear(u_PI, self.weight).abs().mean(0)
+        base_O = linear(u_PI, self.weight, self.bias).abs().mean(0)
         added_O = self.adapter.mixed(u_PI, s_PM).abs().mean(0)
         self.adapter.scaling.copy_(ADAPTER_SHARE * base_O / added_O.clamp_min(TINY))
 
@@ -98,13 +101,13 @@ class MultiplexedGroup(nn.Module):
         up: AdaptedLinear,
         down: AdaptedLinear,
         routing_DM: Tensor | None,
-        activation: Callable[[Tensor], Tensor],
+        gating: Gating,
     ) -> None:
         super().__init__()
         self.register_buffer("members", members_M)
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
         self.routing = None if routing_DM is None else nn.Parameter(routing_DM)
-        self.activation = activation
+        self.gating = gating
 
     def forward(self, x_PD: Tensor, s_PM: Tensor) -> Tensor:
         """Return the group's output, (P, D), before it is weighted by c."""
@@ -134,7 +137,7 @@ class MultiplexedGroup(nn.Module):
         return x_PD if self.routing is None else x_PD + linear(s_PM, self.routing)
 
     def _neurons(self, x_PD: Tensor, s_PM: Tensor) -> Tensor:
-        return self.activation(self.gate_proj(x_PD, s_PM)) * self.up_proj(x_PD, s_PM)
+        return self.gating(self.gate_proj(x_PD, s_PM), self.up_proj(x_PD, s_PM))
 
 
 class MultiplexedExperts(nn.Module):

@@ -210,27 +210,38 @@ def build(layer: Layer, group_of_expert: Tensor, recipe: Recipe, size: Size) -> 
 def _make_group(
     layer: Layer, members_M: Tensor, recipe: Recipe, size: Size, generator: torch.Generator
 ) -> MultiplexedGroup:
-    def adapted(members_MOI: Tensor) -> AdaptedLinear:
-        return _adapted(members_MOI, recipe, size.rank, generator)
+    def adapted(members_MOI: Tensor, bias_MO: Tensor | None) -> AdaptedLinear:
+        bias_O = None if bias_MO is None else recipe.merge(bias_MO)
+        return _adapted(members_MOI, bias_O, recipe, size.rank, generator)
 
-    gate_MFD, up_MFD = layer.experts.gate_up_EFD[members_M].float().chunk(2, dim=1)
-    down_MDF = layer.experts.down_EDF[members_M].float()
+    experts = layer.experts.in_fp32()
+    gate_MFD, up_MFD = experts.gate_up_EFD[members_M].chunk(2, dim=1)
+    down_MDF = experts.down_EDF[members_M]
+    gate_MF, up_MF, down_MD = None, None, None
+    if experts.biases is not None:
+        gate_MF, up_MF = experts.biases.gate_up_EF[members_M].chunk(2, dim=1)
+        down_MD = experts.biases.down_ED[members_M]
     routing_DM = noise(down_MDF.shape[1], len(members_M), generator) if size.routed else None
-    linears = adapted(gate_MFD), adapted(up_MFD), adapted(down_MDF)
-    return MultiplexedGroup(members_M, *linears, routing_DM, layer.experts.activation)
+    linears = adapted(gate_MFD, gate_MF), adapted(up_MFD, up_MF), adapted(down_MDF, down_MD)
+    return MultiplexedGroup(members_M, *linears, routing_DM, experts.gating)
 
 
 def _adapted(
-    members_MOI: Tensor, recipe: Recipe, rank: int, generator: torch.Generator
+    members_MOI: Tensor,
+    bias_O: Tensor | None,
+    recipe: Recipe,
+    rank: int,
+    generator: torch.Generator,
 ) -> AdaptedLinear:
     base_OI = recipe.merge(members_MOI)
     if not rank:
-        return AdaptedLinear(base_OI, None)
+        return AdaptedLinear(base_OI, None, bias_O)
     if recipe.adapters == "mixture":
-        return AdaptedLinear(base_OI, Lora(*levelled_factors(members_MOI - base_OI, rank)))
+        adapter = Lora(*levelled_factors(members_MOI - base_OI, rank))
+        return AdaptedLinear(base_OI, adapter, bias_O)
     members, outputs, inputs = members_MOI.shape
     a_RI, b_OR = noise(rank, inputs, generator), noise(outputs, rank, generator)
-    return AdaptedLinear(base_OI, Lora(a_RI, b_OR, noise(rank, members, generator)))
+    return AdaptedLinear(base_OI, Lora(a_RI, b_OR, noise(rank, members, generator)), bias_O)
 
 
 def levelled_factors(delta_MOI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

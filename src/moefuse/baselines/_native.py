@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer
+from moefuse.checkpoint.native import to_native
+from moefuse.mathematics.experts import ExpertBiases
 
 
 class MergedExperts(nn.Module):
@@ -73,15 +75,26 @@ class KeptExperts(nn.Module):
 
 def native_active(native: nn.Module, top_k: int) -> int:
     """Return the numbers of at most ``top_k`` experts of a native experts module."""
-    gate_up, down = native.get_parameter("gate_up_proj"), native.get_parameter("down_proj")
-    return min(top_k, len(gate_up)) * (gate_up[0].numel() + down[0].numel())
+    return sum(min(top_k, len(one)) * one[0].numel() for one in native.parameters())
 
 
-def native_experts(layer: Layer, gate_up: Tensor, down: Tensor) -> nn.Module:
-    """Make a native experts module out of (k, 2F, D) and (k, D, F) weights."""
-    experts = layer.block.get_submodule(layer.family.experts_name)
-    made = type(experts)(_config_with(layer, len(gate_up)))
-    made.gate_up_proj.data, made.down_proj.data = gate_up.clone(), down.clone()
+def native_experts(
+    layer: Layer, rows: Tensor, down: Tensor, down_bias: Tensor | None = None
+) -> nn.Module:
+    """Make a native experts module of k experts.
+
+    ``rows`` are as ``Experts.rows_EFD`` (k, 2F, D or one more), ``down`` is (k, D, F) and
+    ``down_bias`` (k, D) where experts have biases.
+    """
+    hidden = down.shape[1]
+    biases = None
+    if down_bias is not None:
+        biases = ExpertBiases(rows[..., hidden], down_bias)
+    native = layer.block.get_submodule(layer.family.experts_name)
+    made = type(native)(_config_with(layer, len(rows)))
+    parameters = to_native((rows[..., :hidden], down, biases), layer.family.layout)
+    for name, tensor in parameters.items():
+        made.get_parameter(name).data = tensor.clone()
     return made
 
 

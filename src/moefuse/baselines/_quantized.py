@@ -4,13 +4,14 @@ Shape suffixes: T tokens, K experts chosen per token, N = T * K rows sorted by e
 D hidden width, F expert intermediate width, O outputs, I inputs, G groups of a row's numbers.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer
+from moefuse.baselines._biases import Biases
+from moefuse.mathematics.experts import ExpertBiases, Gating
 from moefuse.mathematics.quantization import (
     Format,
     best_scale,
@@ -101,22 +102,27 @@ class QuantizedExperts(nn.Module):
         self,
         gate_up: StoredWeights,
         down: StoredWeights,
-        activation: Callable[[Tensor], Tensor],
+        gating: Gating,
+        biases: ExpertBiases | None = None,
     ) -> None:
         super().__init__()
         # Distillation has a learning rate of its own for what begins with "scale".
         self.scaled_gate_up = gate_up
         self.scaled_down = down
-        self.activation = activation
+        self.gating = gating
+        # Scales are all that is trained.
+        self.biases = Biases(biases).requires_grad_(False)
 
     def stored_bytes(self) -> int:
-        """Return the true bytes of all codes and scales."""
-        return self.scaled_gate_up.stored_bytes() + self.scaled_down.stored_bytes()
+        """Return the true bytes of all codes, scales and biases."""
+        parts = (self.scaled_gate_up, self.scaled_down, self.biases)
+        return sum(part.stored_bytes() for part in parts)
 
     def active_parameters(self, top_k: int) -> int:
         """Return the most routed numbers that one token passes: ``top_k`` whole experts."""
         codes = (self.scaled_gate_up.codes, self.scaled_down.codes)
-        return min(top_k, len(codes[0])) * sum(matrix[0].numel() for matrix in codes)
+        matrices = min(top_k, len(codes[0])) * sum(matrix[0].numel() for matrix in codes)
+        return matrices + self.biases.active_parameters(top_k)
 
     def round_scales(self) -> None:
         """Round the scales to the fp16 numbers that are stored."""
@@ -131,10 +137,12 @@ class QuantizedExperts(nn.Module):
         token_N = order_N // index_TK.shape[1]
         rows_per_expert = torch.bincount(expert_N, minlength=len(down_EDF)).tolist()
         x_ND = x_TD.index_select(0, token_N)
-        gate_NF, up_NF = expert_linear(x_ND, gate_up_EFD, rows_per_expert).chunk(2, dim=-1)
+        h_NF = expert_linear(x_ND, gate_up_EFD, rows_per_expert)
+        gate_NF, up_NF = self.biases.with_gate_up(h_NF, expert_N).chunk(2, dim=-1)
         weight_N1 = weight_TK.reshape(-1, 1).index_select(0, order_N)
-        z_NF = (self.activation(gate_NF) * up_NF * weight_N1).to(x_TD.dtype)
+        z_NF = (self.gating(gate_NF, up_NF) * weight_N1).to(x_TD.dtype)
         y_ND = expert_linear(z_NF, down_EDF, rows_per_expert)
+        y_ND = self.biases.with_down(y_ND, expert_N, weight_N1)
         return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
 
 
@@ -151,4 +159,4 @@ def rounded_experts(layer: Layer, fmt: Format) -> QuantizedExperts:
         scale_EOG = as_stored(best_scale(weight_EOI, fmt))
         coded.append(CodedWeights(to_codes(weight_EOI, scale_EOG, fmt), scale_EOG, fmt))
     gate_up, down = coded
-    return QuantizedExperts(gate_up, down, layer.experts.activation)
+    return QuantizedExperts(gate_up, down, layer.experts.gating, layer.experts.biases)

@@ -24,7 +24,7 @@ def spread(call: ExpertsCall, tokens: int) -> ExpertsCall:
 
 def router_logits(layer: Layer, x_TD: Tensor) -> Tensor:
     """Return the router's logits of every expert, (T, E) fp32; ``x_TD`` (T, D) fp32."""
-    return _native_router(layer)(x_TD)[0].float()
+    return _returned(layer, _native_router(layer)(x_TD))["logits"].float()
 
 
 def all_gates(layer: Layer, logits_TE: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def all_gates(layer: Layer, logits_TE: Tensor) -> Tensor:
     if getattr(config, "n_group", None):
         config.n_group = config.topk_group = 1
     router = _router_of_logits(layer, config, torch.arange(experts, device=logits_TE.device))
-    _, weight_TE, index_TE = router(logits_TE)
-    return torch.zeros_like(logits_TE).scatter_(1, index_TE, weight_TE)
+    returned = _returned(layer, router(logits_TE))
+    return torch.zeros_like(logits_TE).scatter_(1, returned["index"], returned["weights"].float())
 
 
 def choose_among(layer: Layer, logits_TE: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +50,8 @@ def choose_among(layer: Layer, logits_TE: Tensor, kept: Tensor) -> tuple[Tensor,
     device.
     """
     router = _router_of_logits(layer, _config_for(layer, len(kept)), kept)
-    _, weight_TK, index_TK = router(logits_TE[:, kept])
-    return kept[index_TK], weight_TK
+    returned = _returned(layer, router(logits_TE[:, kept]))
+    return kept[returned["index"]], returned["weights"].float()
 
 
 def routable_within(layer: Layer, numbers: int) -> int:
@@ -67,6 +67,11 @@ def routable_within(layer: Layer, numbers: int) -> int:
     except RuntimeError as error:
         raise TooSmallError(f"The router cannot choose among {experts} experts alone.") from error
     return experts
+
+
+def _returned(layer: Layer, returned: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Return what a router gave by what it is: ``logits``, ``weights`` and ``index``."""
+    return dict(zip(layer.family.router_returns, returned, strict=True))
 
 
 def _native_router(layer: Layer) -> nn.Module:
@@ -93,6 +98,8 @@ def _router_of_logits(layer: Layer, config: Any, kept: Tensor) -> nn.Module:
         for name, tensor in native.state_dict().items()
     }
     state[layer.family.router_weight] = torch.eye(len(kept), device=kept.device)
+    if layer.family.router_bias is not None:  # it is in the logits already
+        state[layer.family.router_bias] = torch.zeros(len(kept), device=kept.device)
     router = type(native)(config)
     router.load_state_dict(state, assign=True)
     return router

@@ -28,14 +28,13 @@ Shape suffixes: N tokens that chose an expert, E experts, D hidden width, F neur
 O outputs and I inputs of a matrix, R rank of a delta.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer, TooSmallError
-from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.mathematics.experts import Experts, ExpertsCall, Gating
 from moefuse.mathematics.lowrank import damped, whitened_low_rank
 from moefuse.modeling.modeling_moefuse import FusedExperts, expert_linear
 
@@ -104,9 +103,11 @@ class DeltaExperts(FusedExperts):
         hidden: int,
         intermediate: int,
         ranks: Ranks,
-        activation: Callable[[Tensor], Tensor],
+        gating: Gating,
+        *,
+        biased: bool = False,
     ) -> None:
-        super().__init__(hidden, intermediate, experts, groups=1, rank=0, activation=activation)
+        super().__init__(hidden, intermediate, experts, 1, 0, gating, bias=biased, down_bias=biased)
         self.delta = SeparateDeltas(experts, hidden, intermediate, ranks)
 
     def active_parameters(self, top_k: int) -> int:
@@ -116,7 +117,8 @@ class DeltaExperts(FusedExperts):
         chosen experts.
         """
         base = sum(parameter.numel() for parameter in self.bases.parameters())
-        one = sum(parameter[0].numel() for parameter in self.delta.parameters())
+        biases = [bias for bias in (self.bias, self.down_bias) if bias is not None]
+        one = sum(parameter[0].numel() for parameter in (*self.delta.parameters(), *biases))
         return base + min(top_k, self.num_experts) * one
 
 
@@ -132,7 +134,12 @@ def compress(layer: Layer, numbers: int) -> nn.Module:
     ranks = ranks_within(numbers, count, hidden, intermediate)
     base = fisher_weighted_mean(experts, layer.call)
     with torch.device(experts.gate_up_EFD.device):
-        student = DeltaExperts(count, hidden, intermediate, ranks, experts.activation)
+        student = DeltaExperts(
+            count, hidden, intermediate, ranks, experts.gating, biased=experts.biases is not None
+        )
+    if experts.biases is not None and student.bias is not None and student.down_bias is not None:
+        student.bias.copy_(experts.biases.gate_up_EF)
+        student.down_bias.copy_(experts.biases.down_ED)
     shared = student.bases[0]
     shared.get_parameter("gate_up_proj.weight").copy_(torch.cat([base.gate, base.up]))
     shared.get_parameter("down_proj.weight").copy_(base.down)
@@ -192,35 +199,49 @@ def fisher_weighted_mean(experts: Experts, call: ExpertsCall) -> Matrices:
 def fisher(experts: Experts, call: ExpertsCall, expert: int) -> Matrices:
     """Return one expert's diagonal Fisher information of the layer's output, fp64.
 
-    With g and u what gate and up give, z = act(g) u, w the routing weight and ``|Wd_f|`` the norm
-    of neuron f's column of the down matrix, the sums over the N tokens that chose the expert are::
+    With g and u what gate and up give, z(g, u) the neurons' values (act(g) u in most families), w
+    the routing weight and ``|Wd_f|`` the norm of neuron f's column of the down matrix, the sums
+    over the N tokens that chose the expert are::
 
         down  (d, f)  w^2 z_f^2
-        up    (f, d)  w^2 |Wd_f|^2 act(g_f)^2 x_d^2
-        gate  (f, d)  w^2 |Wd_f|^2 (act'(g_f) u_f)^2 x_d^2
+        up    (f, d)  w^2 |Wd_f|^2 (dz_f/du_f)^2 x_d^2
+        gate  (f, d)  w^2 |Wd_f|^2 (dz_f/dg_f)^2 x_d^2
     """
     own = matrices_of(experts, expert)
     chosen_TK = call.index_TK == expert
     rows = chosen_TK.any(1).nonzero().flatten()
     weight_N1 = (call.weight_TK.double() * chosen_TK).sum(1)[rows].unsqueeze(1)
     x_ND = call.x_TD[rows].double()
-    gate_NF, up_NF = x_ND @ own.gate.T, x_ND @ own.up.T
-    activated_NF, slope_NF = _with_slope(experts.activation, gate_NF)
+    z_NF, by_gate_NF, by_up_NF = _with_slopes(experts, expert, own, x_ND)
     column_F1 = own.down.square().sum(0).unsqueeze(1)
     return Matrices(
-        gate=column_F1 * ((weight_N1 * slope_NF * up_NF).square().T @ x_ND.square()),
-        up=column_F1 * ((weight_N1 * activated_NF).square().T @ x_ND.square()),
-        down=(weight_N1 * activated_NF * up_NF).square().sum(0).expand_as(own.down),
+        gate=column_F1 * ((weight_N1 * by_gate_NF).square().T @ x_ND.square()),
+        up=column_F1 * ((weight_N1 * by_up_NF).square().T @ x_ND.square()),
+        down=(weight_N1 * z_NF).square().sum(0).expand_as(own.down),
     )
 
 
-def _with_slope(activation: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an elementwise function's values and derivatives at ``x``."""
+def _gate_and_up(
+    experts: Experts, expert: int, own: Matrices, x_ND: Tensor
+) -> tuple[Tensor, Tensor]:
+    gate_NF, up_NF = x_ND @ own.gate.T, x_ND @ own.up.T
+    if experts.biases is not None:
+        gate_F, up_F = experts.biases.gate_up_EF[expert].double().chunk(2)
+        gate_NF, up_NF = gate_NF + gate_F, up_NF + up_F
+    return gate_NF, up_NF
+
+
+def _with_slopes(
+    experts: Experts, expert: int, own: Matrices, x_ND: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an expert's neurons' values and their derivatives by gate and by up, (N, F) each."""
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y = activation(x)
-        (slope,) = torch.autograd.grad(y.sum(), x)
-    return y.detach(), slope
+        gate_NF, up_NF = (
+            part.detach().requires_grad_() for part in _gate_and_up(experts, expert, own, x_ND)
+        )
+        z_NF = experts.gating(gate_NF, up_NF)
+        by_gate_NF, by_up_NF = torch.autograd.grad(z_NF.sum(), (gate_NF, up_NF))
+    return z_NF.detach(), by_gate_NF, by_up_NF
 
 
 def whitening_moments(experts: Experts, call: ExpertsCall, expert: int) -> Matrices:
@@ -233,6 +254,6 @@ def whitening_moments(experts: Experts, call: ExpertsCall, expert: int) -> Matri
     chosen_T = (call.index_TK == expert).any(1)
     enough = int(chosen_T.sum()) >= max(own.gate.shape)
     x_ND = (call.x_TD[chosen_T] if enough else call.x_TD).double()
-    z_NF = experts.activation(x_ND @ own.gate.T) * (x_ND @ own.up.T)
+    z_NF = experts.gating(*_gate_and_up(experts, expert, own, x_ND))
     x_DD, z_FF = (damped(v.T @ v / len(v), DAMPING) for v in (x_ND, z_NF))
     return Matrices(gate=x_DD, up=x_DD, down=z_FF)

@@ -24,7 +24,8 @@ def quantize(layer: Layer, bits: float) -> QuantizedExperts:
     return QuantizedExperts(
         _coded(layer.experts.gate_up_EFD.float(), x_moment_EDD, fmt),
         _coded(layer.experts.down_EDF.float(), z_moment_EFF, fmt),
-        layer.experts.activation,
+        layer.experts.gating,
+        layer.experts.biases,
     )
 
 

@@ -24,7 +24,9 @@ def compress(layer: Layer, numbers: int) -> nn.Module:
     # An expert that was never chosen still counts a little, so that no cluster is empty of weight.
     share_EM[torch.arange(len(cluster_E)), cluster_E] = statistics.count_E.clamp_min(1e-6)
     share_EM = (share_EM / share_EM.sum(0)).to(layer.experts.gate_up_EFD)
-    gate_up = torch.einsum("em,efd->mfd", share_EM, layer.experts.gate_up_EFD)
+    rows = torch.einsum("em,efd->mfd", share_EM, layer.experts.rows_EFD)
     down = torch.einsum("em,edf->mdf", share_EM, layer.experts.down_EDF)
-    cluster_E = cluster_E.to(gate_up.device)
-    return MergedExperts(native_experts(layer, gate_up, down), cluster_E)
+    biases = layer.experts.biases
+    bias = None if biases is None else share_EM.T @ biases.down_ED
+    cluster_E = cluster_E.to(rows.device)
+    return MergedExperts(native_experts(layer, rows, down, bias), cluster_E)

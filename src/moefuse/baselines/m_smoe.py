@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer
-from moefuse.baselines._merging import expert_weights, merge_into_centres
+from moefuse.baselines._merging import merge_into_centres
 from moefuse.baselines._routing import router_logits
 from moefuse.mathematics.alignment import ExpertWeights, align
 from moefuse.mathematics.clustering import join_centres, strongest
@@ -41,7 +41,7 @@ def compress(layer: Layer, numbers: int) -> nn.Module:
     weight_E = layer.statistics.count_E.clamp_min(1e-6)
 
     def aligned(centre: int, member: int) -> ExpertWeights:
-        return align(expert_weights(layer, centre), expert_weights(layer, member))
+        return align(layer.experts.weights(centre), layer.experts.weights(member))
 
     return merge_into_centres(layer, _centres(group_E, dominant), weight_E, aligned)
 

@@ -31,13 +31,14 @@ D hidden width, F neurons of an expert, O outputs and I inputs of a matrix, M ba
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer, TooSmallError
+from moefuse.baselines._biases import Biases
+from moefuse.mathematics.experts import ExpertBiases, Gating
 from moefuse.modeling.modeling_moefuse import expert_linear
 
 STEPS = 250
@@ -126,11 +127,13 @@ class BasisExperts(nn.Module):
         gate_proj: MixedBases,
         up_proj: MixedBases,
         down_proj: MixedBases | KeptProjection,
-        activation: Callable[[Tensor], Tensor],
+        gating: Gating,
+        biases: ExpertBiases | None,
     ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.act_fn = activation
+        self.gating = gating
+        self.biases = Biases(biases)
 
     def active_parameters(self, top_k: int) -> int:
         """Return the most routed numbers that one token passes.
@@ -139,7 +142,7 @@ class BasisExperts(nn.Module):
         bases, and the own factors and mixtures of the chosen experts; ``k D F`` for one that is
         kept.
         """
-        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        projections = (self.gate_proj, self.up_proj, self.down_proj, self.biases)
         return sum(projection.active_parameters(top_k) for projection in projections)
 
     def forward(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -150,10 +153,12 @@ class BasisExperts(nn.Module):
         experts = len(self.gate_proj.own)
         rows_per_expert = torch.bincount(expert_N, minlength=experts).tolist()
         x_ND = x_TD.index_select(0, token_N)
-        gate_NF = self.gate_proj(x_ND, rows_per_expert)
-        up_NF = self.up_proj(x_ND, rows_per_expert)
-        z_NF = (self.act_fn(gate_NF) * up_NF * weight_N.unsqueeze(-1)).to(x_TD.dtype)
+        projections = (self.gate_proj, self.up_proj)
+        h_NF = torch.cat([projection(x_ND, rows_per_expert) for projection in projections], -1)
+        gate_NF, up_NF = self.biases.with_gate_up(h_NF, expert_N).chunk(2, dim=-1)
+        z_NF = (self.gating(gate_NF, up_NF) * weight_N.unsqueeze(-1)).to(x_TD.dtype)
         y_ND = self.down_proj(z_NF, rows_per_expert)
+        y_ND = self.biases.with_down(y_ND, expert_N, weight_N.unsqueeze(-1))
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, token_N, y_ND.float())
         return y_TD.to(x_TD.dtype)
 
@@ -168,10 +173,12 @@ def compress(layer: Layer, numbers: int) -> nn.Module:
     down_EDF = experts.down_EDF.float()
     size = size_within(numbers, *gate_EFD.shape)
     gate, up = (MixedBases(fit(matrix, size.rank, size.bases)) for matrix in (gate_EFD, up_EFD))
+    down: MixedBases | KeptProjection
     if size.keeps_down:
-        return BasisExperts(gate, up, KeptProjection(down_EDF), experts.activation)
-    down = MixedBases(fit(down_EDF.mT, size.rank, size.bases), mirrored=True)
-    return BasisExperts(gate, up, down, experts.activation)
+        down = KeptProjection(down_EDF)
+    else:
+        down = MixedBases(fit(down_EDF.mT, size.rank, size.bases), mirrored=True)
+    return BasisExperts(gate, up, down, experts.gating, experts.biases)
 
 
 def size_within(numbers: int, experts: int, intermediate: int, hidden: int) -> Size:

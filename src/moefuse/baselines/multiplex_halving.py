@@ -94,11 +94,16 @@ def merged(bases: list[MultiplexedGroup]) -> MultiplexedGroup:
     """Merge bases without adapters by SCE; their members keep their own routing columns."""
 
     def sce(name: str) -> AdaptedLinear:
-        stacked_NOI = torch.stack([base.get_parameter(f"{name}.weight") for base in bases])
-        return AdaptedLinear(sce_merge(stacked_NOI, stacked_NOI[0], SELECTED), None)
+        merged = {
+            part: sce_merge(stacked, stacked[0], SELECTED)
+            for part in ("weight", "bias")
+            if getattr(bases[0].get_submodule(name), part) is not None
+            for stacked in [torch.stack([base.get_parameter(f"{name}.{part}") for base in bases])]
+        }
+        return AdaptedLinear(merged["weight"], None, merged.get("bias"))
 
     members = torch.cat([base.members for base in bases])
     columns: list[Tensor] = [base.routing for base in bases if base.routing is not None]
     routing = torch.cat(columns, dim=1) if columns else None
     linears = sce("gate_proj"), sce("up_proj"), sce("down_proj")
-    return MultiplexedGroup(members, *linears, routing, bases[0].activation)
+    return MultiplexedGroup(members, *linears, routing, bases[0].gating)

@@ -87,7 +87,7 @@ def quantize(layer: Layer, bits: float) -> QuantizedExperts:
             _ternary(weight_EOI, moment_EII, factor_EII, threshold)
             for weight_EOI, moment_EII, factor_EII in zip(weights, moments, factors, strict=True)
         )
-        return QuantizedExperts(gate_up, down, experts.activation)
+        return QuantizedExperts(gate_up, down, experts.gating, experts.biases)
 
     return _least_threshold(at_threshold, layer.numbers * bits / 8)
 

@@ -32,7 +32,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer
-from moefuse.baselines._merging import expert_weights, merge_into_centres
+from moefuse.baselines._merging import merge_into_centres
 from moefuse.baselines._routing import all_gates, router_logits, spread
 from moefuse.mathematics.alignment import ExpertWeights
 from moefuse.mathematics.clustering import strongest
@@ -57,7 +57,7 @@ def compress(layer: Layer, numbers: int) -> nn.Module:
     centre_E = pseudo_prune(similarity(layer, x_SD), strongest(saliency_E, experts))
 
     def aligned(centre: int, member: int) -> ExpertWeights:
-        weights = expert_weights(layer, member)
+        weights = layer.experts.weights(member)
         return weights.permuted(match_neurons(layer, x_SD, centre, member))
 
     return merge_into_centres(layer, centre_E, saliency_E, aligned)
@@ -110,19 +110,19 @@ def match_neurons(layer: Layer, x_SD: Tensor, centre: int, member: int) -> Tenso
 def _mean_output(layer: Layer, expert: int, x_SD: Tensor, gate_S: Tensor) -> Tensor:
     # The down projection is linear, so that the mean may be taken before it.
     mean_F = _activations(layer, expert, x_SD) @ gate_S / len(gate_S)
-    return layer.experts.down_EDF[expert] @ mean_F
+    mean_D = layer.experts.down_EDF[expert] @ mean_F
+    biases = layer.experts.biases
+    return mean_D if biases is None else mean_D + biases.down_ED[expert] * gate_S.mean()
 
 
 def _activations(layer: Layer, expert: int, x_SD: Tensor) -> Tensor:
     """Return what one expert's neurons give its down projection, (F, S)."""
-    weights = expert_weights(layer, expert)
-    gate_FS, up_FS = weights.gate_FD @ x_SD.T, weights.up_FD @ x_SD.T
-    return layer.experts.activation(gate_FS) * up_FS
+    return layer.experts.neurons(expert, x_SD).T
 
 
 def _neurons(layer: Layer, expert: int, x_SD: Tensor) -> Tensor:  # noqa: ARG001
-    """Return all weights of each neuron of one expert, (F, 3D)."""
-    weights = expert_weights(layer, expert)
+    """Return all weights of each neuron of one expert, (F, 3D), two biases more if it has any."""
+    weights = layer.experts.weights(expert)
     return torch.cat([weights.gate_FD, weights.up_FD, weights.down_DF.T], dim=1)
 
 

@@ -24,6 +24,7 @@ from moefuse.console import say, track
 from moefuse.errors import UserError
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
+from moefuse.modeling.native import experts_of
 
 Batch = tuple[Tensor, Tensor]
 
@@ -151,7 +152,7 @@ def _check_finite(call: ExpertsCall, layer: int) -> None:
 
 
 def layer_experts(teacher: StreamedTeacher, module: nn.Module) -> Experts:
-    """Return the routed experts of a loaded decoder layer, without copying them."""
+    """Return the routed experts of a loaded decoder layer."""
     family = teacher.reader.family
     native = module.get_submodule(f"{family.moe_name}.{family.experts_name}")
-    return Experts(native.gate_up_proj.data, native.down_proj.data, native.act_fn)  # type: ignore
+    return experts_of(native, family, teacher.reader.config)

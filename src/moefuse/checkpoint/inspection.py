@@ -110,7 +110,7 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> In
         check_experts(headers, family, shape)
     parts = _parts(headers, family, shape)
     loaded = [part for part in parts if part.name != UNUSED]
-    routed = len(shape.layers) * shape.experts * _expert_parameters(shape)
+    routed = len(shape.layers) * shape.layer_numbers
     total = sum(part.parameters for part in loaded)
     layers = family.layer_count(config)
     return Inspection(
@@ -155,13 +155,11 @@ def fusion_costs(outside: int, shape: MoeShape) -> tuple[Cost, ...]:
 
 def fused_parameters(shape: MoeShape, groups: int, rank: int) -> int:
     """Return the parameters of all layers' fused experts, deltas included."""
-    base = groups * _expert_parameters(shape)
+    matrices = 3 * shape.hidden * shape.intermediate
+    base = groups * matrices
     deltas = shape.experts * rank * (2 * shape.hidden + 3 * shape.intermediate)
-    return len(shape.layers) * (base + deltas)
-
-
-def _expert_parameters(shape: MoeShape) -> int:
-    return 3 * shape.hidden * shape.intermediate
+    biases = shape.experts * (shape.expert_numbers - matrices)
+    return len(shape.layers) * (base + deltas + biases)
 
 
 def _parts(headers: CheckpointHeaders, family: Family, shape: MoeShape) -> tuple[Part, ...]:
@@ -174,7 +172,7 @@ def _parts(headers: CheckpointHeaders, family: Family, shape: MoeShape) -> tuple
         stored[part] += tensor.stored_bytes
         parameters[part] += _parameters(tensor)
     # Packed formats hide the count; the sizes that the configuration promises do not.
-    parameters[ROUTED] = len(shape.layers) * shape.experts * _expert_parameters(shape)
+    parameters[ROUTED] = len(shape.layers) * shape.layer_numbers
     return tuple(Part(name, parameters[name], stored[name]) for name in PARTS if stored[name])
 
 
@@ -189,7 +187,7 @@ def _part_of(name: str, family: Family, layers: int, sparse: frozenset[int]) -> 
     if layer is None:
         return EMBEDDINGS if "embed" in name or "lm_head" in name else OTHER
     inside = family.module_name(name).removeprefix(family.layer_prefix(layer))
-    if inside.startswith(family.attention_name + "."):
+    if inside.split(".")[0] in family.attention_names:
         return ATTENTION
     if not inside.startswith(family.moe_name + "."):
         return OTHER

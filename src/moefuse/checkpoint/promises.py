@@ -14,27 +14,24 @@ PLAIN_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 def check_experts(headers: CheckpointHeaders, family: Family, shape: MoeShape) -> None:
     """Raise ``UserError`` unless every routed expert is there, in one dtype and the right shape.
 
-    Experts with biases, which a fused expert does not have, are refused too.
+    Experts with biases are refused where the family's have none.
     """
-    up, down = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
-    routed = tuple(family.experts_prefix(layer) for layer in shape.layers)
+    routed = tuple(prefix for layer in shape.layers for prefix in family.routed_prefixes(layer))
     biased = [n for n in headers.tensors if n.endswith("bias") and n.startswith(routed)]
-    if biased:
+    if biased and not shape.biased:
         raise UserError(
-            f"The routed experts in {headers.source} have biases ({biased[0]!r}), which fused "
-            "experts do not have; moefuse fuses only experts of three plain matrices."
+            f"The routed experts in {headers.source} have biases ({biased[0]!r}), which those of "
+            f"{family.model_type} models do not have; give the checkpoint as it was published."
         )
     for layer in shape.layers:
         dtypes: set[str] = set()
-        for expert in range(shape.experts):
-            names = family.expert_names(layer, expert)
-            for name, wanted in ((names.gate, up), (names.up, up), (names.down, down)):
-                tensor = headers.tensors.get(name)
-                if tensor is None:
-                    raise _missing_expert(headers, family, name)
-                if tensor.shape != wanted:
-                    raise _misshapen_expert(headers, tensor, wanted)
-                dtypes.add(tensor.dtype)
+        for name, wanted in family.expert_tensors(layer, shape).items():
+            tensor = headers.tensors.get(name)
+            if tensor is None:
+                raise _missing_expert(headers, family, name)
+            if tensor.shape != wanted:
+                raise _misshapen_expert(headers, tensor, wanted)
+            dtypes.add(tensor.dtype)
         if len(dtypes) > 1:
             raise UserError(
                 f"The routed experts of layer {layer} in {headers.source} have several dtypes "
@@ -56,7 +53,7 @@ def _missing_expert(headers: CheckpointHeaders, family: Family, name: str) -> Us
 
 
 def _misshapen_expert(
-    headers: CheckpointHeaders, tensor: TensorInfo, wanted: tuple[int, int]
+    headers: CheckpointHeaders, tensor: TensorInfo, wanted: tuple[int, ...]
 ) -> UserError:
     return UserError(
         f"The tensor {tensor.name!r} in {headers.source} has the shape {list(tensor.shape)}, but "

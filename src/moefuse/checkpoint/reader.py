@@ -37,6 +37,7 @@ from moefuse.checkpoint.headers import (
     read_config,
     read_weight_map,
 )
+from moefuse.checkpoint.native import Weights, from_native
 from moefuse.checkpoint.promises import check_experts, check_plain_floats
 from moefuse.checkpoint.read_ahead import Range, ReadAhead
 from moefuse.console import track
@@ -125,12 +126,17 @@ class CheckpointReader:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return a layer's routed experts as ``gate_up`` (E, 2F, D) and ``down`` (E, D, F).
+    ) -> Weights:
+        """Return a layer's routed experts: ``gate_up`` (E, 2F, D), ``down`` (E, D, F), biases.
 
-        Gate rows come first; both are on ``device`` in ``dtype``, by default the stored one. They
-        are converted one by one, so that no second copy of the layer is ever there.
+        Gate rows come first; biases are None where the family has none. All are on ``device`` in
+        ``dtype``, by default the stored one. Experts that are published singly are converted one by
+        one, so that no second copy of the layer is ever there.
         """
+        if self.family.stacked is not None:
+            names = self.family.stacked_names(layer)
+            stacked = {own: self._moved(name, device, dtype) for own, name in names.items()}
+            return from_native(stacked, self.family.layout)
         shape, width = self.shape, self.shape.intermediate
         names = [self.family.expert_names(layer, expert) for expert in range(shape.experts)]
         place = {"dtype": dtype or self.read(names[0].gate).dtype, "device": device}
@@ -142,7 +148,11 @@ class CheckpointReader:
             places[name.up] = gate_up[expert, width:]
             places[name.down] = down[expert]
         self._visit(list(places), lambda name, mapped: places[name].copy_(mapped))
-        return gate_up, down
+        return gate_up, down, None
+
+    def _moved(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
+        """Read one tensor right into its place."""
+        return self.read(name).to(device, dtype)
 
     def read_ahead(self, layer: int, *, outside: bool = True, experts: bool = True) -> None:
         """Begin to read a layer's tensors from the disk while others are worked on.
@@ -224,7 +234,7 @@ class CheckpointReader:
 
     def _names(self, layer: int) -> tuple[list[str], list[str]]:
         """Return the names of a layer's tensors beside its routed experts, and of those."""
-        routed = self.family.experts_prefix(layer)
+        routed = self.family.routed_prefixes(layer)
         parts: tuple[list[str], list[str]] = ([], [])
         for name in self._by_layer.get(layer, ()):
             parts[name.startswith(routed)].append(name)

@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from moefuse.checkpoint.native import to_native
 from moefuse.checkpoint.reader import DTYPES, CheckpointReader
 from moefuse.errors import UserError
 from moefuse.mathematics.experts import ExpertsCall
@@ -35,6 +36,7 @@ class _Recorder(nn.Module):
         super().__init__()
         self.stood_in_for = [layer]
         self.last = last
+        self.entering = torch.empty(0)
         self.received: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -44,10 +46,21 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["stood_in_for"][0], name)
 
     def forward(self, hidden_states: Tensor, *_: Any, **received: Any) -> Tensor:
-        self.received = received
+        self.entering, self.received = hidden_states, received
         if self.last:
             raise _LastLayerReachedError
         return hidden_states
+
+
+class _Scaled(nn.Module):
+    """Multiplies by a number; by 1 it does nothing at all."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.scale == 1 else x * self.scale
 
 
 def _without_weights(reader: CheckpointReader) -> Any:
@@ -155,7 +168,8 @@ class StreamedTeacher:
             pass
         finally:
             self.backbone.layers = nn.ModuleList(self.layers)
-        return hidden_BSD, [recorder.received for recorder in recorders]
+        # What the model makes of embeddings before its first layer is part of that layer's input.
+        return recorders[0].entering, [recorder.received for recorder in recorders]
 
     @contextmanager
     def loaded(self, layer: int, *, following: int | None = None) -> Iterator[nn.Module]:
@@ -179,9 +193,11 @@ class StreamedTeacher:
     def head(self) -> Iterator[nn.Module]:
         """Hold what follows the last layer in memory: hidden states (..., D) to logits (..., V)."""
         output = self.model.get_output_embeddings()  # type: ignore[operator]
-        head = nn.Sequential(self.backbone.norm, output)  # type: ignore[arg-type]
+        scale = self.reader.family.logit_scale(self.reader.config)
+        norm: Any = self.backbone.norm
+        head = nn.Sequential(norm, output, _Scaled(scale))
         try:
-            for module in head:
+            for module in (norm, output):
                 module.load_state_dict(self._outside_state(module), strict=True, assign=True)
             yield head
         finally:
@@ -219,10 +235,11 @@ class StreamedTeacher:
         stored = self.reader.read_layer(layer, experts=False)
         if layer in self.reader.shape.layers:
             path = f"{family.moe_name}.{family.experts_name}"
-            gate_up_path, down_path = f"{path}.gate_up_proj", f"{path}.down_proj"
-            stored[gate_up_path], stored[down_path] = self.reader.read_experts(
-                layer, device=self.device, dtype=expected[gate_up_path].dtype
-            )
+            dtype = expected[f"{path}.gate_up_proj"].dtype
+            weights = self.reader.read_experts(layer, device=self.device, dtype=dtype)
+            native = to_native(weights, family.layout)
+            stored |= {f"{path}.{name}": tensor for name, tensor in native.items()}
+            del weights, native
         # Popped, so that what is stored in another dtype goes as soon as it is converted.
         return {name: stored.pop(name).to(self.device, expected[name].dtype) for name in expected}
 
@@ -261,7 +278,7 @@ def whole_model(
     For quantised checkpoints, which Transformers' own loading leaves quantised or cannot read on
     every device. ``dtype`` is by default that of the experts once plain.
     """
-    first = reader.family.expert_names(reader.shape.layers[0], 0).gate
+    first = next(iter(reader.family.expert_tensors(reader.shape.layers[0], reader.shape)))
     dtype = dtype or DTYPES[reader.tensors[first].dtype]
     return StreamedTeacher(reader, device=device, dtype=dtype).whole()
 

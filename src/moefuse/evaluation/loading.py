@@ -29,6 +29,7 @@ from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families
 from moefuse.modeling import FusedExperts, is_fused, load_fused, register_fused
 from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX, CodedRows, NeuronExperts
+from moefuse.sizes import neuron_numbers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEEDED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken"]
@@ -186,7 +187,7 @@ def expert_bytes(headers: CheckpointHeaders) -> int | None:
         prefix
         for layer in family.shape(config).layers
         for prefix in (
-            family.experts_prefix(layer),
+            *family.routed_prefixes(layer),
             f"{family.moe_path(layer)}.{family.experts_name}.",
         )
     )
@@ -228,7 +229,8 @@ def _active_of(experts: nn.Module, shape: MoeShape) -> int:
     if isinstance(experts, NeuronExperts):
         own = int(experts.widths.sum(0).sort(descending=True).values[: shape.top_k].sum())
         shared = 0 if experts.gain is None else count_parameters(experts.gain) // shape.experts
-        return 3 * shape.hidden * (own + shared) + shape.top_k * shared
+        down = 0 if experts.down_bias is None else shape.top_k * shape.hidden
+        return neuron_numbers(shape) * (own + shared) + shape.top_k * shared + down
     bases = experts.bases if isinstance(experts, FusedExperts) else nn.ModuleList()
     shared, all_numbers = count_parameters(bases), count_parameters(experts)
     active = (all_numbers - shared) * shape.top_k / shape.experts

@@ -53,9 +53,24 @@ def student_config(
             "format": FORMAT_VERSION,
             "teacher_model_type": family.model_type,
             "job": job,
+            **experts_form(config, family),
             "layers": {str(layer): asdict(plan) for layer, plan in layers.items()},
         },
     }
+
+
+def experts_form(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return what the modelling file has to know of the native experts; nothing for most families.
+
+    ``transposed`` is how the module that is replaced lies, ``biased`` and ``gating`` what is kept.
+    """
+    layout = family.layout
+    form = {
+        "transposed": layout.transposed,
+        "biased": layout.biased,
+        "gating": family.gating(config),
+    }
+    return {"experts": form} if any(form.values()) else {}
 
 
 def with_rope_parameters(config: dict[str, Any]) -> dict[str, Any]:

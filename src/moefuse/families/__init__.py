@@ -12,9 +12,17 @@ from typing import Any
 
 from moefuse.errors import UserError
 from moefuse.families._unsupported import REASONS
-from moefuse.families.base import ExpertNames, Family, MoeShape
+from moefuse.families.base import ExpertNames, ExpertsLayout, Family, MoeShape
 
-__all__ = ["ExpertNames", "Family", "MoeShape", "all_families", "family_of", "unsupported_families"]
+__all__ = [
+    "ExpertNames",
+    "ExpertsLayout",
+    "Family",
+    "MoeShape",
+    "all_families",
+    "family_of",
+    "unsupported_families",
+]
 
 # What Mixture-of-Experts configurations, known or not, call their number of routed experts.
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")

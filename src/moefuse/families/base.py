@@ -36,6 +36,34 @@ class MoeShape:
     """D."""
     intermediate: int
     """F."""
+    biased: bool = False
+    """Whether an expert's gate, up and down projections have biases: 2F and D numbers more."""
+
+    @property
+    def expert_numbers(self) -> int:
+        """How many numbers one routed expert has."""
+        biases = 2 * self.intermediate + self.hidden if self.biased else 0
+        return 3 * self.hidden * self.intermediate + biases
+
+    @property
+    def layer_numbers(self) -> int:
+        """How many numbers all routed experts of one layer have."""
+        return self.experts * self.expert_numbers
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How Transformers' experts module lays out its parameters, and a stacked checkpoint too.
+
+    Without any of these ``gate_up_proj`` is E x 2F x D, gate first, and ``down_proj`` E x D x F.
+    """
+
+    transposed: bool = False
+    """``gate_up_proj`` is E x D x 2F and ``down_proj`` E x F x D."""
+    interleaved: bool = False
+    """Gate and up take turns: the first of gate, the first of up, the second of gate, ..."""
+    biased: bool = False
+    """There are ``gate_up_proj_bias``, E x 2F, and ``down_proj_bias``, E x D."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +208,16 @@ def latent_attention(config: Config) -> AttentionShape:
     )
 
 
+def plain_gating(config: Config) -> dict[str, Any] | None:  # noqa: ARG001
+    """Tell that neurons are ``act(gate) * up`` with the activation of Transformers' module."""
+    return None
+
+
+def unscaled_logits(config: Config) -> float:  # noqa: ARG001
+    """Tell that logits are what the head returns."""
+    return 1.0
+
+
 def no_window(config: Config, layer: int) -> int | None:  # noqa: ARG001
     """Tell that a layer attends to the whole context."""
     return None
@@ -193,6 +231,41 @@ def stated_window(config: Config, layer: int) -> int | None:  # noqa: ARG001
 def switched_window(config: Config, layer: int) -> int | None:
     """Return ``sliding_window`` where ``use_sliding_window`` turns it on, else None."""
     return stated_window(config, layer) if config.get("use_sliding_window") else None
+
+
+def no_state(config: Config, layer: int) -> int:  # noqa: ARG001
+    """Tell that a layer caches what it attends to, and nothing else."""
+    return 0
+
+
+def kind_of_layer(config: Config, layer: int) -> str | None:
+    """Return what ``layer_types`` calls a layer, None where there is no such list.
+
+    Raises ``UserError`` for anything but a list with an entry for every layer.
+    """
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) <= layer:
+        raise UserError(
+            f"config.json has {kinds!r} under 'layer_types'; a list with an entry for every layer "
+            "is needed."
+        )
+    return kinds[layer]
+
+
+def is_linear(config: Config, layer: int, *, default: bool) -> bool:
+    """Tell whether a layer has linear attention, by ``layer_types`` if there is one."""
+    kind = kind_of_layer(config, layer)
+    return default if kind is None else kind == "linear_attention"
+
+
+def listed_window(config: Config, layer: int) -> int | None:
+    """Return ``sliding_window`` of layers that ``layer_types`` calls sliding, by default every
+    second one, beginning with the first."""
+    kind = kind_of_layer(config, layer)
+    slides = layer % 2 == 0 if kind is None else kind == "sliding_attention"
+    return stated_window(config, layer) if slides else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,20 +292,42 @@ class Family:
     """Reads the sizes of the attention."""
     window: Callable[[Config, int], int | None] = no_window
     """Tells how many last tokens a layer attends to, its own included; None: all of them."""
+    state: Callable[[Config, int], int] = no_state
+    """Tells how many numbers a layer with linear attention keeps of a sequence, however long it is,
+    in the place of a cache; 0 for other layers."""
     layers_path: str = "model.layers"
     moe_name: str = "mlp"
     """Child of a decoder layer, in Transformers, that holds router and experts."""
     experts_name: str = "experts"
+    layout: ExpertsLayout = ExpertsLayout()
+    gating: Callable[[Config], dict[str, Any] | None] = plain_gating
+    """Tells how gate and up make a neuron's value: a ``kind`` in ``modeling_moefuse.GATINGS`` with
+    its arguments, or None for the plain one."""
     router_name: str = "gate"
     router_weight: str = "weight"
     """Parameter of the router, E x D, that makes logits."""
+    router_bias: str | None = None
+    """Parameter of the router, E, that is added to its logits, if there is one."""
+    router_returns: tuple[str, str, str] = ("logits", "weights", "index")
+    """In which order the router returns its logits, the routing weights and the chosen experts."""
     shared_prefix: str = "shared_expert"
     """How the names of the shared experts' modules in the MoE module start."""
-    attention_name: str = "self_attn"
+    attention_names: tuple[str, ...] = ("self_attn",)
+    """Children of a decoder layer, whichever it has, that mix tokens."""
+    logit_scale: Callable[[Config], float] = unscaled_logits
+    """What the head's output is multiplied by."""
+    writes_scores: bool = False
+    """Whether Transformers has no fused attention for the family and holds all heads' scores."""
+    one_piece_a_row: bool = False
+    """Whether pieces of text cannot share a row: attention keeps a state from token to token, or
+    Transformers' mask does not tell pieces apart."""
     disk_moe_name: str = "mlp"
     """What published checkpoints call ``moe_name``."""
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """What published checkpoints call an expert's gate, up and down projections."""
+    stacked: tuple[str, str] | None = None
+    """What published checkpoints call the tensors, below ``disk_moe_name``, in which all experts'
+    gate and up, and down, lie stacked as in ``layout``; None where every expert has its own."""
     rename: tuple[tuple[str, str], ...] = ()
     """Pairs (regular expression on a checkpoint's name, replacement) that give module names."""
 
@@ -264,6 +359,7 @@ class Family:
             shared_experts=self.shared_experts(config),
             hidden=require(config, "hidden_size"),
             intermediate=require(config, self.intermediate_key),
+            biased=self.layout.biased,
         )
 
     def _experts(self, config: Config) -> int:
@@ -310,6 +406,40 @@ class Family:
         prefix = f"{self.experts_prefix(layer)}{expert}."
         gate, up, down = (f"{prefix}{projection}.weight" for projection in self.projections)
         return ExpertNames(gate=gate, up=up, down=down)
+
+    def stacked_names(self, layer: int) -> dict[str, str]:
+        """Return the checkpoint's names of stacked experts by those of the native parameters."""
+        assert self.stacked is not None
+        prefix = f"{self.layer_prefix(layer)}{self.disk_moe_name}."
+        native = ("gate_up_proj", "down_proj")
+        names = {own: prefix + name for own, name in zip(native, self.stacked, strict=True)}
+        if self.layout.biased:
+            names |= {f"{own}_bias": f"{name}_bias" for own, name in names.items()}
+        return names
+
+    def expert_tensors(self, layer: int, shape: MoeShape) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors in which a layer's routed experts are published."""
+        E, D, F = shape.experts, shape.hidden, shape.intermediate
+        if self.stacked is None:
+            names = (self.expert_names(layer, expert) for expert in range(E))
+            shapes = {n: (F, D) for name in names for n in (name.gate, name.up)}
+            downs = (self.expert_names(layer, expert).down for expert in range(E))
+            return shapes | dict.fromkeys(downs, (D, F))
+        turned = self.layout.transposed
+        shapes = {
+            "gate_up_proj": (E, D, 2 * F) if turned else (E, 2 * F, D),
+            "down_proj": (E, F, D) if turned else (E, D, F),
+            "gate_up_proj_bias": (E, 2 * F),
+            "down_proj_bias": (E, D),
+        }
+        return {name: shapes[own] for own, name in self.stacked_names(layer).items()}
+
+    def routed_prefixes(self, layer: int) -> tuple[str, ...]:
+        """Return what the names of a layer's routed experts start with in the checkpoint."""
+        if self.stacked is None:
+            return (self.experts_prefix(layer),)
+        prefix = f"{self.layer_prefix(layer)}{self.disk_moe_name}."
+        return tuple(prefix + name.removesuffix("weight") for name in self.stacked)
 
     def module_name(self, name: str) -> str:
         """Return what Transformers calls the tensor that the checkpoint calls ``name``."""

@@ -4,8 +4,14 @@ Where the sliding window is on, it holds for the layers that ``layer_types`` nam
 every second one, beginning with the first, below ``max_window_layers``.
 """
 
-from moefuse.errors import UserError
-from moefuse.families.base import Config, Family, at_sparse_steps, optional, switched_window
+from moefuse.families.base import (
+    Config,
+    Family,
+    at_sparse_steps,
+    kind_of_layer,
+    optional,
+    switched_window,
+)
 
 DEFAULT_WINDOW_LAYERS = 28
 """What Transformers takes for ``max_window_layers`` where it is not given."""
@@ -13,17 +19,9 @@ DEFAULT_WINDOW_LAYERS = 28
 
 def alternating_window(config: Config, layer: int) -> int | None:
     """Return the sliding window of a layer that has one, else None."""
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) <= layer:
-            raise UserError(
-                f"config.json has {kinds!r} under 'layer_types'; a list with an entry for every "
-                "layer is needed."
-            )
-        slides = kinds[layer] == "sliding_attention"
-    else:
-        last = optional(config, "max_window_layers", DEFAULT_WINDOW_LAYERS)
-        slides = layer % 2 == 0 and layer < last
+    kind = kind_of_layer(config, layer)
+    last = optional(config, "max_window_layers", DEFAULT_WINDOW_LAYERS)
+    slides = layer % 2 == 0 and layer < last if kind is None else kind == "sliding_attention"
     return switched_window(config, layer) if slides else None
 
 

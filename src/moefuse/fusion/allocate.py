@@ -37,18 +37,20 @@ LOW_BITS = tuple(LOSS)
 FULL = ("0", "16")
 
 
-def neuron_bytes(hidden: int, bits: str, itemsize: int) -> int:
+def neuron_bytes(hidden: int, bits: str, itemsize: int, biased: bool = False) -> int:
     """Return what a neuron takes: rows of gate, up and down, ``hidden`` numbers each, and scales.
 
-    ``itemsize`` is the bytes of one number in the checkpoint's dtype, which "16" stands for.
+    ``itemsize`` is the bytes of one number in the checkpoint's dtype, which "16" stands for, and in
+    which gate and up have a bias each where the neuron is ``biased``.
     """
     if bits == "0":
         return 0
+    biases = 2 * itemsize if biased else 0
     if bits == "16":
-        return 3 * hidden * itemsize
+        return 3 * hidden * itemsize + biases
     vector, code_bits = CODED[bits]
     codes = -(-hidden // vector)
-    return 3 * (-(-codes * code_bits // 8) + itemsize)
+    return 3 * (-(-codes * code_bits // 8) + itemsize) + biases
 
 
 def allocate(
@@ -57,6 +59,8 @@ def allocate(
     budget: int,
     choices: tuple[str, ...],
     itemsize: int,
+    *,
+    biased: bool = False,
 ) -> dict[int, Tensor]:
     """Choose every neuron's bits: (E, F) numbers of a choice in ``choices``, by layer.
 
@@ -66,7 +70,7 @@ def allocate(
     (those of experts that no token chose) come last, all to the same bits as far as bytes reach.
     """
     energy_N = torch.cat([energy.flatten() for energy in energies.values()]).double().cpu()
-    cost_C = torch.tensor([neuron_bytes(hidden, bits, itemsize) for bits in choices])
+    cost_C = torch.tensor([neuron_bytes(hidden, bits, itemsize, biased) for bits in choices])
     stairs_U = _stairs(cost_C.tolist(), [LOSS[bits] for bits in choices])
     step_U = cost_C[stairs_U].diff()
     budget -= len(energy_N) * int(cost_C[stairs_U[0]])

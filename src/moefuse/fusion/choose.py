@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moefuse.config import FactorConfig
+from moefuse.errors import UserError
 from moefuse.fusion.factor import factor_layer
 from moefuse.fusion.neurons import fit_neurons
 from moefuse.mathematics.alignment import TINY, ExpertWeights, match_all
@@ -77,8 +78,18 @@ def _worth_trying(
     """List the ways of making bases that may serve the layer.
 
     The mean needs a singular value decomposition of every expert, hours for a large model, and
-    pays only where deltas of that rank can carry most of a matrix or where members are alike.
+    pays only where deltas of that rank can carry most of a matrix or where members are alike. A
+    neuron's gain goes through its up row, so bases of neurons need a gating that is linear in up.
+    Raises ``UserError`` for bases of neurons where there can be none.
     """
+    if not experts.gating.linear_in_up or experts.biases is not None:
+        if options.base == "neurons":
+            raise UserError(
+                "--base is neurons, but this family's experts cannot share a base of neurons: they "
+                "have biases or are not linear in their up projection; take --base mean, or own "
+                "neurons by --form neurons."
+            )
+        return ["mean"]
     if options.base != "auto":
         return [options.base]
     if not options.scale:
@@ -125,8 +136,7 @@ def _mean(
 ) -> dict[str, Tensor]:
     device = experts.gate_up_EFD.device
     return factor_layer(
-        experts.gate_up_EFD,
-        experts.down_EDF,
+        experts,
         group_of_expert,
         statistics.mass_E.to(device),
         plan.rank,

@@ -16,14 +16,17 @@ R rank.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moefuse.config import FactorConfig
 from moefuse.mathematics.alignment import ExpertWeights, Members, match_all
+from moefuse.mathematics.experts import Experts
 from moefuse.mathematics.lowrank import damped, low_rank, symmetric_root
 
+MATRICES = ("gate_FD", "up_FD", "down_DF")
 MASS_FLOOR = 1e-3
 """Share of the mean mass that an expert counts for at least, so that none is forgotten."""
 
@@ -42,11 +45,11 @@ def _matched(reference: ExpertWeights, members: Members) -> Members:
 
 def weighted_mean(members: Sequence[ExpertWeights], weight_M: Tensor) -> ExpertWeights:
     """Return the mean of experts' weights; ``weight_M`` (M,) sums to one."""
-    parts = [torch.zeros_like(part) for part in vars(members[0]).values()]
+    parts = {name: torch.zeros_like(getattr(members[0], name)) for name in MATRICES}
     for member, weight in zip(members, weight_M, strict=True):
-        for mean, part in zip(parts, vars(member).values(), strict=True):
-            mean.addcmul_(weight.to(part.dtype), part)
-    return ExpertWeights(*parts)
+        for name, mean in parts.items():
+            mean.addcmul_(weight.to(mean.dtype), getattr(member, name))
+    return replace(members[0], **parts)
 
 
 def factor_matrices(
@@ -85,8 +88,7 @@ def _deltas(matrix_MOI: Tensor, base_OI: Tensor, rank: int) -> tuple[Tensor, Ten
 
 
 def factor_layer(
-    gate_up_EFD: Tensor,
-    down_EDF: Tensor,
+    layer: Experts,
     group_of_expert: Tensor,
     mass_E: Tensor,
     rank: int,
@@ -95,12 +97,12 @@ def factor_layer(
 ) -> dict[str, Tensor]:
     """Return the state of a ``FusedExperts`` module, fp32, for one layer.
 
-    ``gate_up_EFD`` is (E, 2F, D), gate first; ``down_EDF`` (E, D, F); ``group_of_expert`` (E,)
-    integers; ``mass_E`` (E,) routed mass; ``rank`` R of every delta; ``moment_DD``
-    (D, D) second moment of the layer's input.
+    ``layer`` has the experts; ``group_of_expert`` is (E,) integers; ``mass_E`` (E,) routed mass;
+    ``rank`` R of every delta; ``moment_DD`` (D, D) second moment of the layer's input. Biases that
+    the experts have stay as they are.
     """
-    experts, double_intermediate, hidden = gate_up_EFD.shape
-    zeros = {"dtype": torch.float32, "device": gate_up_EFD.device}
+    experts, double_intermediate, hidden = layer.gate_up_EFD.shape
+    zeros = {"dtype": torch.float32, "device": layer.gate_up_EFD.device}
     down_rank = min(rank, hidden, double_intermediate // 2)
     state = {
         "delta.gate_up_a": torch.zeros(experts, rank, hidden, **zeros),
@@ -110,8 +112,10 @@ def factor_layer(
     }
     if options.scale:
         state["scale"] = torch.ones(experts, double_intermediate, **zeros)
-    if options.bias:
+    if options.bias or layer.biases is not None:
         state["bias"] = torch.zeros(experts, double_intermediate, **zeros)
+    if layer.biases is not None:
+        state["down_bias"] = layer.biases.down_ED.to(torch.float32, copy=True)
     if not options.routed_mass:
         mass_E = torch.ones_like(mass_E)
     floor = MASS_FLOOR * float(mass_E.mean()) or 1.0
@@ -119,11 +123,14 @@ def factor_layer(
         members = (group_of_expert == group).nonzero().flatten()
         weight_M = mass_E[members].clamp_min(floor).to(**zeros)
         weight_M = weight_M / weight_M.sum()
-        experts_M = _members(gate_up_EFD, down_EDF, members.tolist())
+        experts_M = _members(layer, members.tolist())
         if options.align and len(experts_M) > 1:
             experts_M = align_group(experts_M, weight_M)
-        moment = None if moment_DD is None else moment_DD.to(gate_up_EFD.device)
+        moment = None if moment_DD is None else moment_DD.to(zeros["device"])
         gate_up_MFD = experts_M.stacked(ExpertWeights.gate_up)
+        if layer.biases is not None:
+            state["bias"][members] = gate_up_MFD[..., hidden]
+            gate_up_MFD = gate_up_MFD[..., :hidden]
         base, b, a = factor_matrices(gate_up_MFD, weight_M, rank, options, moment)
         del gate_up_MFD
         state[f"bases.{group}.gate_up_proj.weight"] = base
@@ -132,15 +139,11 @@ def factor_layer(
         base, b, a = factor_matrices(down_MDF, weight_M, down_rank, options)
         state[f"bases.{group}.down_proj.weight"] = base
         state["delta.down_b"][members], state["delta.down_a"][members] = b, a
-    state["group_of_expert"] = group_of_expert.to(gate_up_EFD.device, torch.int64)
+    state["group_of_expert"] = group_of_expert.to(zeros["device"], torch.int64)
     if not rank:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("delta.")}
     return state
 
 
-def _members(gate_up_EFD: Tensor, down_EDF: Tensor, members: list[int]) -> Members:
-    def weights(number: int) -> ExpertWeights:
-        gate_FD, up_FD = gate_up_EFD[members[number]].float().chunk(2)
-        return ExpertWeights(gate_FD, up_FD, down_EDF[members[number]].float())
-
-    return Members(len(members), weights)
+def _members(layer: Experts, members: list[int]) -> Members:
+    return Members(len(members), lambda number: layer.weights(members[number]))

@@ -9,7 +9,7 @@ width, F expert width, V vocabulary, b bytes of one number.
   kv_lora_rank + qk_rope_head_dim, in vLLM and in Transformers alike (Transformers cached expanded
   keys and values until its pull request 47761 of August 2026). A sliding window of W keeps at most
   W - 1 tokens in Transformers, and W - 1 + T in vLLM while a prompt is read. vLLM hands the cache
-  out in blocks.
+  out in blocks. A layer of linear attention keeps a state of one size, however long the context.
 - **Activations.** The residual stream and its normalisation in fp32, T D (4 b + 8), plus the
   largest of three, which never live at the same time:
   the last positions' logits with their fp32 copy and probabilities, B V (b + 8);
@@ -17,7 +17,8 @@ width, F expert width, V vocabulary, b bytes of one number.
   gate and up of both, and outputs in fp32, with the indices of routing, T (64 K + 16 E);
   attention: queries and keys before, while and after positions go in, values and output, with
   what the engine makes of one layer's context (:func:`_context_bytes`). The T x S scores of a head
-  are never written out, which holds for the fused kernels of GPUs, not for every CPU's.
+  are never written out, which holds for the fused kernels of GPUs, not for every CPU's; where
+  Transformers has no fused attention for a family, four copies of all heads' are.
 - **Runtime.** A constant: the CUDA context with its kernels, the matrix library's workspaces, and
   what the allocator cannot hand out again; in vLLM CUDA graphs besides.
 """
@@ -38,6 +39,9 @@ from moefuse.sizes import Plan
 PREFILL_TOKENS = 2048
 """Tokens of a prompt that are read at once: ``prefill_chunk_size`` in Transformers, of every
 sequence; ``max_num_batched_tokens`` in vLLM, of all together."""
+SCORE_COPIES = 4
+"""Copies of all heads' scores that live at once where attention is multiplied out: masked, with
+the sinks, less their maximum, and as probabilities."""
 BLOCK_TOKENS = 16
 """Tokens in a block of vLLM's cache, its default on GPUs."""
 EXPANDED_TOKENS = 65_536
@@ -113,11 +117,23 @@ def running_needs(config: Mapping[str, Any], family: Family, serving: Serving) -
     Raises ``UserError`` for a configuration without the sizes of its attention or vocabulary.
     """
     attention = family.attention(config)
-    windows = tuple(family.window(config, layer) for layer in range(family.layer_count(config)))
+    layers = range(family.layer_count(config))
+    state = [family.state(config, layer) for layer in layers]
+    windows = tuple(
+        family.window(config, n) for n, kept in zip(layers, state, strict=True) if not kept
+    )
     vocabulary = require(config, "vocab_size")
     return Needs(
-        cache=cache_bytes(attention, windows, serving),
-        activations=activation_bytes(family.shape(config), attention, windows, vocabulary, serving),
+        cache=cache_bytes(attention, windows, serving)
+        + serving.batch * sum(state) * serving.itemsize,
+        activations=activation_bytes(
+            family.shape(config),
+            attention,
+            windows,
+            vocabulary,
+            serving,
+            writes_scores=family.writes_scores,
+        ),
         runtime=RUNTIME_BYTES[serving.engine],
     )
 
@@ -156,6 +172,8 @@ def activation_bytes(
     windows: tuple[int | None, ...],
     vocabulary: int,
     serving: Serving,
+    *,
+    writes_scores: bool = False,
 ) -> int:
     """Estimate the most bytes of activations that live at once in a prefill step.
 
@@ -169,8 +187,11 @@ def activation_bytes(
     experts = tokens * (shape.top_k * row + routing)
     per_head = 6 * attention.key_width + 3 * attention.value_width
     attending = tokens * attention.heads * per_head * size
-    reach = max(_reach(window, serving) for window in windows)
-    return stream + max(logits, experts, attending + _context_bytes(attention, reach, serving))
+    reach = max((_reach(window, serving) for window in windows), default=0)
+    attending += _context_bytes(attention, reach, serving)
+    if writes_scores and serving.engine == "transformers":
+        attending += SCORE_COPIES * tokens * reach * attention.heads * size
+    return stream + max(logits, experts, attending)
 
 
 def _context_bytes(attention: AttentionShape, reach: int, serving: Serving) -> int:

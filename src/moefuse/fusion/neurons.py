@@ -43,10 +43,12 @@ def rows_of_expert(call: ExpertsCall, expert: int) -> tuple[Tensor, Tensor]:
     return token_N, call.weight_TK[token_N, slot_N].unsqueeze(-1)
 
 
-def neurons(experts: Experts, gate_up_FD: Tensor, x_ND: Tensor) -> Tensor:
-    """Return ``act(gate) * up`` of stacked gate and up rows: (N, F)."""
-    gate_NF, up_NF = (x_ND @ gate_up_FD.T).chunk(2, dim=-1)
-    return experts.activation(gate_NF) * up_NF
+def neurons(
+    experts: Experts, gate_up_FD: Tensor, x_ND: Tensor, bias_F: Tensor | None = None
+) -> Tensor:
+    """Return the values of neurons with these stacked gate and up rows and biases: (N, F)."""
+    h_NF = x_ND @ gate_up_FD.T
+    return experts.gating(*(h_NF if bias_F is None else h_NF + bias_F).chunk(2, dim=-1))
 
 
 def importance(experts: Experts, call: ExpertsCall, metric_DD: Tensor | None = None) -> Tensor:
@@ -58,7 +60,7 @@ def importance(experts: Experts, call: ExpertsCall, metric_DD: Tensor | None = N
     energies = []
     for expert in range(len(experts.gate_up_EFD)):
         token_N, weight_N1 = rows_of_expert(call, expert)
-        z_NF = neurons(experts, experts.gate_up(expert), call.x_TD[token_N]) * weight_N1
+        z_NF = experts.neurons(expert, call.x_TD[token_N]) * weight_N1
         down_DF = experts.down(expert)
         felt_DF = down_DF if metric_DD is None else metric_DD @ down_DF
         energies.append(z_NF.square().sum(0) * (down_DF * felt_DF).sum(0).clamp_min(0))

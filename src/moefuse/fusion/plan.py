@@ -82,7 +82,7 @@ class Teacher:
     def expert_parameters(self) -> int:
         """Parameters of all routed experts."""
         shape = self.shape
-        return len(shape.layers) * shape.experts * 3 * shape.hidden * shape.intermediate
+        return len(shape.layers) * shape.layer_numbers
 
     @property
     def parameters(self) -> int:
@@ -105,7 +105,7 @@ def describe_teacher(
     """Count a checkpoint's parts from its headers; layers that are not loaded do not count."""
     shape = family.shape(config)
     layers = family.layer_count(config)
-    routed = tuple(family.experts_prefix(layer) for layer in shape.layers)
+    routed = tuple(prefix for layer in shape.layers for prefix in family.routed_prefixes(layer))
     outside: dict[int | None, list[TensorInfo]] = {}
     for name, tensor in tensors.items():
         layer = family.layer_of(name)
@@ -114,7 +114,7 @@ def describe_teacher(
     counted = [tensor for part in outside.values() for tensor in part]
     in_layers = [sum(t.numel for t in part) for layer, part in outside.items() if layer is not None]
     experts = [tensor for name, tensor in tensors.items() if name.startswith(routed)]
-    sample = tensors[family.expert_names(shape.layers[0], 0).gate]
+    sample = tensors[next(iter(family.expert_tensors(shape.layers[0], shape)))]
     return Teacher(
         shape=shape,
         outside=sum(tensor.numel for tensor in counted),
@@ -340,7 +340,7 @@ def estimate(
     call = tokens * (2 * shape.hidden * working_itemsize + shape.top_k * 8)
     hidden = (2 + 3 * own) * tokens * shape.hidden * working_itemsize
     factors = 2 * plan.expert_parameters * 4
-    layer = shape.experts * 3 * shape.hidden * shape.intermediate + teacher.largest_outside_layer
+    layer = shape.layer_numbers + teacher.largest_outside_layer
     streaming = (layer + teacher.embedding) * working_itemsize + READ_BUFFER_BYTES
     distilling = call + int(per_layer) * 4 * 5
     fitting = fitting_bytes(teacher, plan, factor)
@@ -372,7 +372,7 @@ def fitting_bytes(teacher: Teacher, plan: Plan, factor: FactorConfig) -> int:
     features on the tokens fitted to and the square matrix of these, and the down projections that
     are solved for, before and after."""
     shape = teacher.shape
-    experts = shape.experts * 3 * shape.hidden * shape.intermediate
+    experts = shape.layer_numbers
     widest = max(max(layer.groups, 1) for layer in plan.layers.values()) * shape.intermediate
     bases = 3 * widest * shape.hidden
     fitting = 2 * factor.fit_tokens * widest + widest**2 + 3 * widest * shape.hidden

@@ -16,7 +16,7 @@ from moefuse.config import SizeConfig
 from moefuse.errors import UserError
 from moefuse.families import MoeShape
 from moefuse.fusion.allocate import FULL, LOW_BITS, allocate, neuron_bytes, predicted_loss
-from moefuse.sizes import LayerPlan, layer_bytes
+from moefuse.sizes import LayerPlan, layer_bytes, neuron_numbers
 
 LEAST_BITS = 0.05
 """Bits per number of the teacher's experts below which a budget is refused."""
@@ -163,7 +163,7 @@ class _Settling:
     def fits_all(self, bits: str, widths: tuple[str, ...]) -> bool:
         """Say whether all neurons can have ``bits`` and codebooks for all ``widths``."""
         neurons = len(self.energies) * self.shape.experts * self.shape.intermediate
-        taken = neurons * neuron_bytes(self.shape.hidden, bits, self.itemsize)
+        taken = neurons * neuron_bytes(self.shape.hidden, bits, self.itemsize, self.shape.biased)
         return taken + self.codebook_share(widths) * self.budget <= self.budget
 
     def few_bits(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -203,8 +203,10 @@ class _Settling:
             # They took the budget; what is left of it would give few layers a neuron of their own.
             room = 0
         while True:
-            hidden = self.shape.hidden
-            found = allocate(self.energies, hidden, room, allowed, self.itemsize)
+            shape, hidden = self.shape, self.shape.hidden
+            found = allocate(
+                self.energies, hidden, room, allowed, self.itemsize, biased=shape.biased
+            )
             chosen = {layer: number.to(part.device)[part] for layer, part in found.items()}
             plans = {layer: self._plan(part, shared) for layer, part in chosen.items()}
             sizes = (layer_bytes(self.shape, plan, self.itemsize) for plan in plans.values())
@@ -222,7 +224,7 @@ class _Settling:
         shape = self.shape
         own_E = (chosen_EF > 0).sum(1)
         widest = int(own_E.topk(min(shape.top_k, shape.experts)).values.sum())
-        neuron = 3 * shape.hidden
+        neuron = neuron_numbers(shape)
         room = neuron * (shape.top_k * shape.intermediate - widest) // (neuron + shape.top_k)
         shared = min(shared, room) if self.size.shared is None else shared
         plan = _layer_plan(shape, _counts(chosen_EF, self.choices), shared, self.choices)
@@ -230,7 +232,7 @@ class _Settling:
 
 
 def _numbers(shape: MoeShape) -> int:
-    return len(shape.layers) * shape.experts * 3 * shape.hidden * shape.intermediate
+    return len(shape.layers) * shape.layer_numbers
 
 
 def _counts(chosen_EF: Tensor, choices: tuple[str, ...]) -> dict[str, int]:

@@ -42,11 +42,13 @@ class LiveTargets:
 
     hidden_TD: Tensor
     head: nn.Module
+    scale: float = 1.0
+    """What the family multiplies the head's output by."""
 
     def losses(self, chunk: slice, student_TV: Tensor, options: HealConfig) -> Tensor:
         """Return the divergence from the teacher's full distribution: (T,) fp32."""
         with torch.no_grad():
-            teacher_TV = self.head(self.hidden_TD[chunk])
+            teacher_TV = scaled(self.head(self.hidden_TD[chunk]), self.scale)
         total_T = torch.zeros(len(student_TV), device=student_TV.device)
         if options.forward_kl:
             kl_T = forward_kl(teacher_TV, student_TV, options.temperature)
@@ -77,16 +79,28 @@ class NoTargets:
         return torch.zeros(len(student_TV), device=student_TV.device)
 
 
+def scaled(logits: Tensor, scale: float) -> Tensor:
+    """Return logits of any shape times ``scale``, themselves where that is 1."""
+    return logits if scale == 1 else logits * scale
+
+
 def chunked_loss(
-    hidden_TD: Tensor, head: nn.Linear, targets: Targets, next_T: Tensor, options: HealConfig
+    hidden_TD: Tensor,
+    head: nn.Linear,
+    targets: Targets,
+    next_T: Tensor,
+    options: HealConfig,
+    scale: float = 1.0,
 ) -> Tensor:
     """Return the sum of all tokens' losses, a scalar, fp32, the logits of one chunk at a time.
 
     ``hidden_TD`` are the student's last hidden states at the tokens that count, ``head`` makes
-    logits of them, ``next_T`` (int64) are the tokens that follow.
+    logits of them, which are multiplied by ``scale``, ``next_T`` (int64) are the tokens that
+    follow.
     """
 
     def losses(chunk: slice, student_TV: Tensor) -> Tensor:
+        student_TV = scaled(student_TV, scale)
         loss_T = targets.losses(chunk, student_TV, options)
         if options.cross_entropy:
             loss_T = loss_T + options.cross_entropy * cross_entropy(student_TV, next_T[chunk])

@@ -81,3 +81,20 @@ def parameter_groups(
         ]
         if found:
             yield {"params": found, "lr": rate, "weight_decay": options.weight_decay}
+
+
+def route_as_when_used(model: nn.Module, family: Family) -> None:
+    """Let all that routes tokens do so in training as it does in use.
+
+    Some routers draw experts at random while they train, or jitter what they receive: they were
+    balanced that way, and a student is to be healed on the routes that it will take.
+    """
+    for module in model.modules():
+        block = getattr(module, family.moe_name, None)
+        if isinstance(block, nn.Module) and hasattr(block, family.experts_name):
+            for part in (block, block.get_submodule(family.router_name)):
+                part.register_forward_pre_hook(_leave_training)
+
+
+def _leave_training(module: nn.Module, _: object) -> None:
+    module.training = False

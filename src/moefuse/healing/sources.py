@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moefuse.families import Family
 from moefuse.healing.cache import TeacherCache
 from moefuse.healing.losses import CachedTargets, LiveTargets, NoTargets, Targets
 
@@ -51,8 +52,9 @@ class LiveTeacher:
 
     knows_all = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.logit_scale = family.logit_scale(model.config.to_dict())
 
     @torch.no_grad()
     def tell(self, batch: Mapping[str, Tensor], counted_BS: Tensor, *, hidden: bool) -> Told:
@@ -62,7 +64,8 @@ class LiveTeacher:
         output = backbone(**given, output_hidden_states=hidden)
         head: Any = self.model.get_output_embeddings()
         states = tuple(output.hidden_states[1:]) if hidden else ()
-        return Told(LiveTargets(output.last_hidden_state[counted_BS], head), states)
+        hidden_TD = output.last_hidden_state[counted_BS]
+        return Told(LiveTargets(hidden_TD, head, self.logit_scale), states)
 
 
 class CachedTeacher:

@@ -174,6 +174,7 @@ class Teaching:
             self.settings.sequence_length,
             tokens=self.tokens,
             seed=self.compute.seed,
+            apart=self.reader.family.one_piece_a_row,
         )
         check_known([text.ids_NS], self.vocabulary, self.reader.source)
         return text

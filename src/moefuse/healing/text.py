@@ -6,6 +6,10 @@ attends to its own piece alone, as long as it is given ``position_ids``, no ``at
 ``use_cache=False``. The alternative, documents run together, wastes no token of a row (this wastes
 its padding, usually few percent) but lets a token attend to what has nothing to do with it.
 
+Families whose pieces cannot share a row (``Family.one_piece_a_row``: linear attention keeps a state
+from token to token whatever the positions say) get one piece a row, and more padding. It comes
+behind the text, where nothing sees it.
+
 Shape suffixes: N rows, S tokens in a row, T tokens of a document.
 """
 
@@ -98,13 +102,15 @@ def pack(
     *,
     tokens: int,
     seed: int,
+    apart: bool = False,
 ) -> PackedText:
     """Pack at most ``tokens`` tokens of ``documents`` into rows of ``sequence_length``.
 
     Documents are taken in an order drawn from ``seed``, so that fewer tokens are a sample of all of
     them, and the pieces they are cut into are shuffled again; documents that hold fewer tokens are
     all used, once. A piece in which nothing counts (a lone token, a conversation's turn that is not
-    the assistant's) is left out. The same arguments give the same rows.
+    the assistant's) is left out. ``apart`` gives every piece a row of its own. The same arguments
+    give the same rows.
 
     Raises ``UserError`` where nothing is left to learn from, and for conversations that the
     tokenizer's chat template cannot render or tell apart.
@@ -117,7 +123,8 @@ def pack(
     pieces = list(_pieces(order, tokenizer, sequence_length, tokens))
     check_enough(documents, sum(len(piece.ids_T) for piece in pieces), 2)
     drawn.shuffle(pieces)
-    rows = _arrange([len(piece.ids_T) for piece in pieces], sequence_length)
+    lengths = [len(piece.ids_T) for piece in pieces]
+    rows = [[n] for n in range(len(pieces))] if apart else _arrange(lengths, sequence_length)
     return _fill(rows, pieces, sequence_length)
 
 

@@ -28,7 +28,7 @@ from moefuse.console import Meter
 from moefuse.errors import UserError
 from moefuse.families import Family
 from moefuse.healing.losses import chunked_loss, losses_in_place_of_logits
-from moefuse.healing.parts import freeze, parameter_groups
+from moefuse.healing.parts import freeze, parameter_groups, route_as_when_used
 from moefuse.healing.sources import NoTeacher, TeacherSource, packed_inputs
 from moefuse.healing.text import PackedRows, PackedText
 from moefuse.mathematics.divergence import hidden_distance
@@ -63,6 +63,7 @@ class HealingTrainer(Trainer):
     ) -> None:
         super().__init__(**given)
         self.family, self.options, self.source = family, options, source
+        route_as_when_used(self.model, family)  # type: ignore[arg-type]
         # The loss is a sum over all tokens of a step, divided by their number.
         self.model_accepts_loss_kwargs = True
 
@@ -90,14 +91,17 @@ class HealingTrainer(Trainer):
 
         student: Any = self.accelerator.unwrap_model(model)
         head = student.get_output_embeddings()
+        scale = self.family.logit_scale(student.config.to_dict())
 
         def loss_of(hidden_BSD: Tensor) -> Tensor:
             hidden_TD = hidden_BSD[counted_BS]
-            return chunked_loss(hidden_TD, head, told.targets, next_T, options).view(1, 1)
+            loss = chunked_loss(hidden_TD, head, told.targets, next_T, options, scale)
+            return loss.view(1, 1)
 
         with losses_in_place_of_logits(head, loss_of):
             outputs = model(**packed_inputs(inputs), output_hidden_states=bool(told.hidden))
-        total = outputs.logits.sum()
+        # The model takes the loss for logits, and scales it as such.
+        total = outputs.logits.sum() if scale == 1 else outputs.logits.sum() / scale
         if told.hidden:
             total = total + options.hidden * _hidden_losses(outputs, told.hidden, counted_BS)
         if num_items_in_batch is None:

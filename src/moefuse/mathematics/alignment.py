@@ -1,10 +1,10 @@
 """Neuron alignment: the same function, its neurons in another order.
 
 An expert's F neurons can be permuted freely, and the up row and down column of a neuron can be
-rescaled by c and 1/c (c may be negative) without changing what the expert computes, because only
-the gate passes through a non-linearity. Two experts that compute alike can therefore look
-unrelated until their neurons are matched. Matching is a linear assignment problem on the
-similarity of neurons; see Ainsworth et al., "Git Re-Basin" (2022), section 3.
+rescaled by c and 1/c (c may be negative) without changing what the expert computes, where only
+the gate passes through a non-linearity (``linear_in_up``). Two experts that compute alike can
+therefore look unrelated until their neurons are matched. Matching is a linear assignment problem on
+the similarity of neurons; see Ainsworth et al., "Git Re-Basin" (2022), section 3.
 
 Shape suffixes: D hidden width, F neurons.
 """
@@ -24,11 +24,15 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One expert: ``gate_FD``, ``up_FD`` (F, D) and ``down_DF`` (D, F), any float dtype."""
+    """One expert: ``gate_FD``, ``up_FD`` (F, D) and ``down_DF`` (D, F), any float dtype.
+
+    Biases of gate and up, where there are any, are one more column of their rows.
+    """
 
     gate_FD: Tensor
     up_FD: Tensor
     down_DF: Tensor
+    linear_in_up: bool = True
 
     def permuted(self, order_F: Tensor, sign_F: Tensor | None = None) -> "ExpertWeights":
         """Return the same function with its neurons in ``order_F`` (F,) integers.
@@ -41,10 +45,16 @@ class ExpertWeights:
             self.gate_FD[order_F],
             self.up_FD[order_F] * sign[:, None],
             self.down_DF[:, order_F] * sign[None, :],
+            self.linear_in_up,
         )
 
     def balanced(self) -> "ExpertWeights":
-        """Return the same function with each neuron's up row and down column of equal norm."""
+        """Return the same function with each neuron's up row and down column of equal norm.
+
+        As it is where that would be another function.
+        """
+        if not self.linear_in_up:
+            return self
         up = self.up_FD.norm(dim=1).clamp_min(TINY)
         down = self.down_DF.norm(dim=0).clamp_min(TINY)
         c_F = (down / up).sqrt()
@@ -93,10 +103,13 @@ def neuron_similarity(reference: ExpertWeights, member: ExpertWeights) -> tuple[
     """Compare every neuron of ``reference`` with every neuron of ``member``.
 
     Returns the similarity (F, F), the sum of the inner products of gate rows and of up rows and
-    down columns under the better of the two signs, and that sign (F, F).
+    down columns under the better of the two signs, and that sign (F, F): always 1 where a neuron's
+    sign cannot be changed.
     """
     gate_FF = reference.gate_FD @ member.gate_FD.T
     signed_FF = reference.up_FD @ member.up_FD.T + reference.down_DF.T @ member.down_DF
+    if not reference.linear_in_up:
+        return gate_FF + signed_FF, torch.ones_like(signed_FF)
     sign_FF = torch.where(signed_FF < 0, -1.0, 1.0).to(signed_FF.dtype)
     return gate_FF + signed_FF.abs(), sign_FF
 

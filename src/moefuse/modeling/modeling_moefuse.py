@@ -7,8 +7,9 @@ transformers. There are two forms.
 expert e of group g = g(e)::
 
     h_te = s_e * (Wgu_g x_t) + delta_gate_up_e(x_t) + b_e
-    z_te = w_te * act(gate half of h_te) * (up half of h_te)
+    z_te = w_te * gating(gate half of h_te, up half of h_te)        usually act(gate) * up
     y_t  = sum_g Wd_g (sum over chosen e in g of z_te) + sum over chosen e of delta_down_e(z_te)
+           + sum over chosen e of w_te * c_e                  where down projections have biases
 
 The base weights of a group run once per (token, group) however many of its members were chosen,
 because the down projection is linear and members are summed before it. The router is the
@@ -18,9 +19,9 @@ with ``index_select``, whose gradient is summed in one order; that of ``x[index]
 ``NeuronExperts``: every expert keeps neurons of its own, as many as it is worth, at as many bits as
 each is worth, and all experts share a few more, of which each has its own gains::
 
-    neuron_f(x) = act(gate_f . x) * (up_f . x) * down_f
+    neuron_f(x) = gating(gate_f . x, up_f . x) * down_f       plus their biases, if there are any
     y_t = sum over chosen e of w_te (sum over own f of e of neuron_f(x_t)
-                                     + sum over shared f of gain_ef neuron_f(x_t))
+                                     + sum over shared f of gain_ef neuron_f(x_t) + c_e)
 
 Shape suffixes: T tokens, K experts chosen per token, N = T * K rows, P (token, group) pairs,
 E original experts, G groups, D hidden width, F expert intermediate width, R rank of a delta,
@@ -45,6 +46,52 @@ NATIVE_NAMES: tuple[dict[str, str], ...] = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 """Class names of native configurations, base models and language models by model type."""
+
+
+Gating = Callable[[Tensor, Tensor], Tensor]
+"""What joins the gate and the up half of an expert's neurons, of any one shape, to their values."""
+
+
+class PlainGating:
+    """``act(gate) * up`` with the teacher's elementwise activation."""
+
+    linear_in_up = True
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        self.activation = activation
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the neurons' values."""
+        return self.activation(gate) * up
+
+
+class ClampedGating:
+    """``(u + 1) * g * sigmoid(alpha * g)``, g at most ``limit`` and u between minus it and it."""
+
+    linear_in_up = False
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        self.alpha, self.limit = alpha, limit
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the neurons' values."""
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(min=-self.limit, max=self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+GATINGS: dict[str, Callable[..., Any]] = {"clamped": ClampedGating}
+"""Gatings other than the plain one by the ``kind`` that a family's settings name."""
+
+
+def gating_of(native: Any, settings: dict[str, Any] | None) -> Any:
+    """Make the gating of a native experts module: the plain one unless ``settings`` name a kind.
+
+    ``settings`` hold that ``kind`` and the arguments that its class takes.
+    """
+    if settings is None:
+        return PlainGating(native.act_fn)
+    return GATINGS[settings["kind"]](**{k: v for k, v in settings.items() if k != "kind"})
 
 
 MOST_FILLED = 4
@@ -87,6 +134,12 @@ def padded_linear(x_NI: Tensor, weight_EOI: Tensor, rows_per_expert: list[int]) 
     x_ECI = padded.index_copy(0, place_N, x_NI).view(len(rows_per_expert), longest, -1)
     y_ECO = x_ECI @ weight_EOI.mT
     return y_ECO.flatten(0, 1).index_select(0, place_N)
+
+
+def weight_of_experts(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Tensor:
+    """Return the routing weights of all E experts, 0 where one was not chosen: (T, E) fp32."""
+    weight_TE = torch.zeros(len(index_TK), experts, device=index_TK.device)
+    return weight_TE.scatter_add(1, index_TK.long(), weight_TK.float())
 
 
 class LowRankDelta(nn.Module):
@@ -142,8 +195,9 @@ class FusedExperts(nn.Module):
     """A drop-in for a Transformers experts module: E experts made of G bases and E deltas.
 
     Arguments: ``hidden`` D, ``intermediate`` F, ``experts`` E, ``groups`` G, ``rank`` R (0: no
-    delta), ``activation`` the teacher's, ``delta`` a name in ``DELTA_KINDS``, ``scale`` and
-    ``bias`` whether every expert has a scale and a bias of its own for its 2F neurons.
+    delta), ``gating`` the teacher's, ``delta`` a name in ``DELTA_KINDS``, ``scale`` and ``bias``
+    whether every expert has a scale and a bias of its own for its 2F neurons, ``down_bias`` whether
+    it has one for its D outputs.
     """
 
     group_of_expert: Tensor
@@ -155,19 +209,21 @@ class FusedExperts(nn.Module):
         experts: int,
         groups: int,
         rank: int,
-        activation: Callable[[Tensor], Tensor],
+        gating: Gating,
         *,
         delta: str = "low_rank",
         scale: bool = False,
         bias: bool = False,
+        down_bias: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts = experts
-        self.act_fn = activation
+        self.gating = gating
         self.bases = nn.ModuleList(BaseExpert(hidden, intermediate) for _ in range(groups))
         self.delta: Any = DELTA_KINDS[delta](experts, hidden, intermediate, rank) if rank else None
         self.scale = nn.Parameter(torch.ones(experts, 2 * intermediate)) if scale else None
         self.bias = nn.Parameter(torch.zeros(experts, 2 * intermediate)) if bias else None
+        self.down_bias = nn.Parameter(torch.zeros(experts, hidden)) if down_bias else None
         self.register_buffer("group_of_expert", torch.arange(experts) % groups)
 
     def reset_parameters(self) -> None:
@@ -203,7 +259,7 @@ class FusedExperts(nn.Module):
         if self.bias is not None:
             h_NF = h_NF + self.bias.index_select(0, expert_N)
         gate_NF, up_NF = h_NF.chunk(2, dim=-1)
-        z_NF = (self.act_fn(gate_NF) * up_NF * weight_N.unsqueeze(-1)).to(h_NF.dtype)
+        z_NF = (self.gating(gate_NF, up_NF) * weight_N.unsqueeze(-1)).to(h_NF.dtype)
 
         z_PF = z_NF.new_zeros(token_P.shape[0], z_NF.shape[1]).index_add(0, pair_N, z_NF)
         y_PD = self._bases(z_PF, pairs_per_group, "down_proj")
@@ -212,6 +268,9 @@ class FusedExperts(nn.Module):
         if self.delta is not None:
             y_ND = self.delta.down(z_NF, rows_per_expert)
             y_TD = y_TD.index_add(0, token_N, y_ND.float())
+        if self.down_bias is not None:
+            weight_TE = weight_of_experts(top_k_index, top_k_weights, self.num_experts)
+            y_TD = y_TD + weight_TE @ self.down_bias.float()
         return y_TD.to(hidden_states.dtype)
 
     def _pairs(
@@ -325,10 +384,11 @@ def own_name(bits: str) -> str:
 class NeuronExperts(nn.Module):
     """A drop-in for a Transformers experts module: own neurons at unequal bits, shared neurons.
 
-    Arguments: ``hidden`` D, ``experts`` E, ``activation`` the teacher's, ``neurons`` how many of
-    the layer's neurons have how many bits, ``shared`` S, ``shared_bits`` and ``gain_bits`` the bits
-    of the shared neurons and of their gains. Neurons of one number of bits lie one expert after
-    another; ``widths`` (number of bit widths, E) says how many each expert has.
+    Arguments: ``hidden`` D, ``experts`` E, ``gating`` the teacher's, ``neurons`` how many of the
+    layer's neurons have how many bits, ``shared`` S, ``shared_bits`` and ``gain_bits`` the bits of
+    the shared neurons and of their gains, ``biased`` whether gate, up and down have biases, which
+    are not coded. Neurons of one number of bits lie one expert after another; ``widths`` (number of
+    bit widths, E) says how many each expert has.
     """
 
     widths: Tensor
@@ -337,22 +397,27 @@ class NeuronExperts(nn.Module):
         self,
         hidden: int,
         experts: int,
-        activation: Callable[[Tensor], Tensor],
+        gating: Gating,
         *,
         neurons: dict[str, int],
         shared: int = 0,
         shared_bits: str = "16",
         gain_bits: str = "16",
+        biased: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts = experts
-        self.act_fn = activation
+        self.gating = gating
         # A saved configuration has its keys in the order of the alphabet, 16 before 2.
         self.own = nn.ModuleDict(
             {own_name(bits): make_rows(bits, 3, neurons[bits], hidden) for bits in by_bits(neurons)}
         )
         self.shared = make_rows(shared_bits, 3, shared, hidden) if shared else None
         self.gain = make_rows(gain_bits, 1, experts, shared) if shared else None
+        own_bias = {own_name(bits): PlainRows(2, neurons[bits], 1) for bits in by_bits(neurons)}
+        self.own_bias = nn.ModuleDict(own_bias) if biased else None
+        self.shared_bias = PlainRows(2, shared, 1) if shared and biased else None
+        self.down_bias = nn.Parameter(torch.zeros(experts, hidden)) if biased else None
         self.register_buffer("widths", torch.zeros(len(neurons), experts, dtype=torch.int32))
 
     def reset_parameters(self) -> None:
@@ -375,8 +440,12 @@ class NeuronExperts(nn.Module):
             rows_per_expert = torch.bincount(expert_N, minlength=self.num_experts).tolist()
             y_ND = self._own(hidden_states, token_N, weight_N, rows_per_expert)
             y_TD = y_TD.index_add(0, token_N, y_ND.float())
-        if self.shared is not None:
-            y_TD = y_TD + self._shared(hidden_states, top_k_index, top_k_weights).float()
+        if self.shared is not None or self.down_bias is not None:
+            weight_TE = weight_of_experts(top_k_index, top_k_weights, self.num_experts)
+            if self.shared is not None:
+                y_TD = y_TD + self._shared(hidden_states, weight_TE).float()
+            if self.down_bias is not None:
+                y_TD = y_TD + weight_TE @ self.down_bias.float()
         return y_TD.to(hidden_states.dtype)
 
     def _own(
@@ -400,43 +469,60 @@ class NeuronExperts(nn.Module):
 
     def _neurons(self, x_ND: Tensor, spans: list[tuple[int, int]], weight_N: Tensor) -> Tensor:
         y_ND = torch.zeros_like(x_ND)
-        own: Any = self.own.values()
-        for rows, (start, stop) in zip(own, spans, strict=True):
+        own: Any = self.own.items()
+        for (name, rows), (start, stop) in zip(own, spans, strict=True):
             if stop > start:
                 gate_OD, up_OD, down_OD = rows.read(start, stop).to(x_ND.dtype).unbind(0)
-                z_NO = self.act_fn(x_ND @ gate_OD.T) * (x_ND @ up_OD.T)
+                bias: Any = self.own_bias[name] if self.own_bias is not None else None
+                bias_PO1 = None if bias is None else bias.read(start, stop)
+                z_NO = self._joined(x_ND, gate_OD, up_OD, bias_PO1)
                 y_ND = y_ND + (z_NO * weight_N.unsqueeze(-1)).to(x_ND.dtype) @ down_OD
         return y_ND
 
-    def _shared(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    def _shared(self, x_TD: Tensor, weight_TE: Tensor) -> Tensor:
         """Return what the shared neurons add, (T, D): they run once, whoever was chosen."""
         shared: Any = self.shared
         gain: Any = self.gain
+        bias: Any = self.shared_bias
         rows: Tensor = shared.read(0, None).to(x_TD.dtype)
         gate_SD, up_SD, down_SD = rows.unbind(0)
-        weight_TE = torch.zeros(len(x_TD), self.num_experts, device=x_TD.device)
-        weight_TE = weight_TE.scatter_add(1, index_TK.long(), weight_TK.float())
         gain_TS = weight_TE.to(x_TD.dtype) @ gain.read(0, None)[0].to(x_TD.dtype)
-        z_TS = self.act_fn(x_TD @ gate_SD.T) * (x_TD @ up_SD.T) * gain_TS
+        bias_PS1 = None if bias is None else bias.read(0, None)
+        z_TS = self._joined(x_TD, gate_SD, up_SD, bias_PS1) * gain_TS
         return z_TS @ down_SD
 
+    def _joined(
+        self, x_ND: Tensor, gate_OD: Tensor, up_OD: Tensor, bias_PO1: Tensor | None
+    ) -> Tensor:
+        """Return the values of some neurons, (N, O); ``bias_PO1`` (2, O, 1) of gate and up."""
+        gate_NO, up_NO = x_ND @ gate_OD.T, x_ND @ up_OD.T
+        if bias_PO1 is not None:
+            gate_O, up_O = bias_PO1.to(x_ND.dtype).squeeze(-1).unbind(0)
+            gate_NO, up_NO = gate_NO + gate_O, up_NO + up_O
+        return self.gating(gate_NO, up_NO)
 
-def fused_experts_like(native: Any, layer: dict[str, Any]) -> nn.Module:
+
+def fused_experts_like(native: Any, layer: dict[str, Any], form: dict[str, Any]) -> nn.Module:
     """Make the fused module that takes the place of a native Transformers experts module.
 
-    ``native`` holds ``gate_up_proj`` (E, 2F, D), ``down_proj`` (E, D, F) and ``act_fn``; ``layer``
-    is that layer's entry in the ``moefuse`` block of ``config.json``.
+    ``native`` holds ``gate_up_proj`` (E, 2F, D) or, where ``form`` says ``transposed``, (E, D, 2F);
+    ``layer`` is that layer's entry in the ``moefuse`` block of ``config.json`` and ``form`` the
+    block's ``experts``, empty for most families.
     """
     experts, double_intermediate, hidden = native.gate_up_proj.shape
+    if form.get("transposed"):
+        double_intermediate, hidden = hidden, double_intermediate
+    gating, biased = gating_of(native, form.get("gating")), form.get("biased", False)
     if layer.get("neurons") is not None:
         return NeuronExperts(
             hidden,
             experts,
-            native.act_fn,
+            gating,
             neurons=layer["neurons"],
             shared=layer["shared"],
             shared_bits=layer["shared_bits"],
             gain_bits=layer["gain_bits"],
+            biased=biased,
         )
     return FusedExperts(
         hidden,
@@ -444,22 +530,23 @@ def fused_experts_like(native: Any, layer: dict[str, Any]) -> nn.Module:
         experts,
         layer["groups"],
         layer["rank"],
-        native.act_fn,
+        gating,
         delta=layer["delta"],
         scale=layer["scale"],
-        bias=layer["bias"],
+        bias=layer["bias"] or biased,
+        down_bias=biased,
     )
 
 
 def _fuse_modules(model: nn.Module, config: PreTrainedConfig) -> None:
     """Put fused experts in the place of every native experts module below ``model``."""
-    layers = config.moefuse["layers"]
+    layers, form = config.moefuse["layers"], config.moefuse.get("experts", {})
     for name, module in list(model.named_modules()):
         native = getattr(module, "experts", None)
         if not isinstance(getattr(native, "gate_up_proj", None), nn.Parameter):
             continue
         number = next(part for part in name.split(".") if part.isdigit())
-        fused: Any = fused_experts_like(native, layers[number])
+        fused: Any = fused_experts_like(native, layers[number], form)
         fused.reset_parameters()
         module.experts = fused
 

@@ -4,17 +4,16 @@ Every faster path is tested against this one, outputs and gradients. It knows no
 grouping or dtypes; it trades all speed for being readable beside the formula::
 
     h_te = s_e * (Wgu_g x_t) + Bgu_e Agu_e x_t + b_e
-    z_te = w_te * act(gate half of h_te) * (up half of h_te)
-    y_t  = sum_g Wd_g (sum over chosen e in g of z_te) + sum over chosen e of Bd_e Ad_e z_te
+    z_te = w_te * gating(gate half of h_te, up half of h_te)
+    y_t  = sum_g Wd_g (sum over chosen e in g of z_te)
+           + sum over chosen e of (Bd_e Ad_e z_te + w_te * c_e)
 
 and for neuron experts, one neuron after another::
 
-    neuron_f(x) = act(gate_f . x) * (up_f . x) * down_f
+    neuron_f(x) = gating(gate_f . x, up_f . x) * down_f       plus their biases, if there are any
     y_t = sum over chosen e of w_te (sum over own f of e of neuron_f(x_t)
-                                     + sum over shared f of gain_ef neuron_f(x_t))
+                                     + sum over shared f of gain_ef neuron_f(x_t) + c_e)
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from moefuse.modeling.modeling_moefuse import (
     CodedRows,
     FusedExperts,
+    Gating,
     LowRankDelta,
     NeuronExperts,
 )
@@ -49,6 +49,8 @@ def _token(module: FusedExperts, x_D: Tensor, experts: list[int], w_K: Tensor) -
             if module.delta is not None:
                 b, a = _factors(module, "down", expert)
                 y_D = y_D + b @ (a @ z_F)
+            if module.down_bias is not None:
+                y_D = y_D + w * module.down_bias[expert].float()
         y_D = y_D + base.down_proj.weight.float() @ summed_F  # type: ignore[union-attr]
     return y_D
 
@@ -62,7 +64,7 @@ def _neurons(module: FusedExperts, expert: int, h_F: Tensor, x_D: Tensor) -> Ten
     if module.bias is not None:
         h_F = h_F + module.bias[expert].float()
     gate_F, up_F = h_F.chunk(2)
-    return module.act_fn(gate_F) * up_F
+    return module.gating(gate_F, up_F)
 
 
 def _factors(module: FusedExperts, part: str, expert: int) -> tuple[Tensor, Tensor]:
@@ -77,29 +79,44 @@ def _factors(module: FusedExperts, part: str, expert: int) -> tuple[Tensor, Tens
 def naive_neurons(module: NeuronExperts, x_TD: Tensor, index_TK: Tensor, w_TK: Tensor) -> Tensor:
     """Return the neuron experts' output, (T, D) fp32, for ``x_TD``, ``index_TK`` and ``w_TK``."""
     own = [own_neurons(module, expert) for expert in range(module.num_experts)]
-    shared = [] if module.shared is None else list(all_rows(module.shared).unbind(1))
+    shared = [] if module.shared is None else _with_biases(module.shared, module.shared_bias)
     gain_ES = None if module.gain is None else all_rows(module.gain)[0]
     rows = []
     for x_D, index_K, w_K in zip(x_TD.float(), index_TK.tolist(), w_TK.float(), strict=True):
         y_D = torch.zeros_like(x_D)
         for expert, w in zip(index_K, w_K, strict=True):
-            for neuron_PD in own[expert]:
-                y_D = y_D + w * _neuron(neuron_PD, x_D, module.act_fn)
-            for number, neuron_PD in enumerate(shared):
+            for neuron in own[expert]:
+                y_D = y_D + w * _neuron(neuron, x_D, module.gating)
+            for number, neuron in enumerate(shared):
                 assert gain_ES is not None
                 gain = gain_ES[expert, number]
-                y_D = y_D + w * gain * _neuron(neuron_PD, x_D, module.act_fn)
+                y_D = y_D + w * gain * _neuron(neuron, x_D, module.gating)
+            if module.down_bias is not None:
+                y_D = y_D + w * module.down_bias[expert].float()
         rows.append(y_D)
     return torch.stack(rows) if rows else x_TD.float()
 
 
-def own_neurons(module: NeuronExperts, expert: int) -> list[Tensor]:
-    """Return an expert's own neurons as (3, D) rows of gate, up and down, fewest bits first."""
-    found: list[Tensor] = []
-    for rows, width_E in zip(module.own.children(), module.widths.tolist(), strict=True):
+Neuron = tuple[Tensor, Tensor]
+"""A neuron's (3, D) rows of gate, up and down, and the biases (2,) of the first two."""
+
+
+def own_neurons(module: NeuronExperts, expert: int) -> list[Neuron]:
+    """Return an expert's own neurons, fewest bits first."""
+    found: list[Neuron] = []
+    for (name, rows), width_E in zip(module.own.items(), module.widths.tolist(), strict=True):
         start = sum(width_E[:expert])
-        found += list(all_rows(rows)[:, start : start + width_E[expert]].unbind(1))
+        bias = None if module.own_bias is None else module.own_bias[name]
+        found += _with_biases(rows, bias)[start : start + width_E[expert]]
     return found
+
+
+def _with_biases(rows: torch.nn.Module, bias: torch.nn.Module | None) -> list[Neuron]:
+    rows_PMD = all_rows(rows)
+    bias_PM = rows_PMD.new_zeros(2, rows_PMD.shape[1])
+    if bias is not None:
+        bias_PM = all_rows(bias)[..., 0]
+    return list(zip(rows_PMD.unbind(1), bias_PM.unbind(1), strict=True))
 
 
 def all_rows(rows: torch.nn.Module) -> Tensor:
@@ -121,6 +138,6 @@ def all_rows(rows: torch.nn.Module) -> Tensor:
     return decoded
 
 
-def _neuron(neuron_PD: Tensor, x_D: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    gate_D, up_D, down_D = neuron_PD
-    return activation(gate_D @ x_D) * (up_D @ x_D) * down_D
+def _neuron(neuron: Neuron, x_D: Tensor, gating: Gating) -> Tensor:
+    (gate_D, up_D, down_D), (gate_bias, up_bias) = neuron
+    return gating(gate_D @ x_D + gate_bias, up_D @ x_D + up_bias) * down_D

@@ -8,14 +8,14 @@ out at the end is stored as it was trained: packing loses nothing.
 Shape suffixes: P parts (gate, up, down), M rows, I numbers in a row, N vectors, V numbers in one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moefuse.mathematics.codebooks import fit_codebook, nearest, pack_codes
-from moefuse.modeling.modeling_moefuse import CodedRows, NeuronExperts
+from moefuse.modeling.modeling_moefuse import CodedRows, Gating, NeuronExperts
 
 CHOSEN_EVERY = 8
 """Steps after which codes are chosen anew."""
@@ -120,13 +120,15 @@ class TrainedNeuronExperts(NeuronExperts):
         """Take over ``experts``; ``latents`` are the rows that its coded rows stand for, by name
         (``own.bits2``, ``shared``, ``gain``), each (parts, rows, width)."""
         nn.Module.__init__(self)
-        self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
+        self.num_experts, self.gating = experts.num_experts, experts.gating
         self.register_buffer("widths", experts.widths)
         self.own = nn.ModuleDict(
             {name: _trained(rows, latents.get(f"own.{name}")) for name, rows in experts.own.items()}
         )
         self.shared = _trained(experts.shared, latents.get("shared"))
         self.gain = _trained(experts.gain, latents.get("gain"))
+        self.own_bias, self.shared_bias = experts.own_bias, experts.shared_bias
+        self.down_bias = experts.down_bias
         self.experts = [experts]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -148,8 +150,12 @@ class TrainedNeuronExperts(NeuronExperts):
             return super()._own(x_TD, token_N, weight_N, rows_per_expert)
         own: Any = self.own.values()
         rows_PMD = torch.cat([rows.read(0, None) for rows in own], 1).to(x_TD.dtype)
+        bias_PM1 = None
+        if self.own_bias is not None:
+            biases: Any = self.own_bias.values()
+            bias_PM1 = torch.cat([rows.read(0, None) for rows in biases], 1).to(x_TD.dtype)
         return padded_own(
-            rows_PMD, self.widths, self.act_fn, x_TD[token_N], weight_N, rows_per_expert
+            rows_PMD, self.widths, self.gating, x_TD[token_N], weight_N, rows_per_expert, bias_PM1
         )
 
     def choose_codes(self) -> None:
@@ -174,16 +180,18 @@ class TrainedNeuronExperts(NeuronExperts):
 def padded_own(
     rows_PMD: Tensor,
     widths: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    gating: Gating,
     x_ND: Tensor,
     weight_N: Tensor,
     rows_per_expert: list[int],
+    bias_PM1: Tensor | None = None,
 ) -> Tensor:
     """Return what each expert's own neurons make of its rows, (N, D), by batched products.
 
-    ``rows_PMD`` (3, M, D) holds all neurons in the order that ``widths`` (bit widths, E) tells;
-    ``x_ND`` (N, D) and ``weight_N`` are sorted by expert, ``rows_per_expert`` of each. E experts
-    are filled up to O neurons and C rows.
+    ``rows_PMD`` (3, M, D) holds all neurons in the order that ``widths`` (bit widths, E) tells, and
+    ``bias_PM1`` (2, M, 1) the biases of gate and up, if there are any; ``x_ND`` (N, D) and
+    ``weight_N`` are sorted by expert, ``rows_per_expert`` of each. E experts are filled up to O
+    neurons and C rows.
     """
     neuron_EO = _places(widths)
     row_EC = _spans(torch.tensor(rows_per_expert, device=x_ND.device))
@@ -191,7 +199,11 @@ def padded_own(
     gate_EOD, up_EOD, down_EOD = padded_PMD[:, neuron_EO].unbind(0)
     x_ECD = nn.functional.pad(x_ND, (0, 0, 0, 1))[row_EC]
     weight_EC = nn.functional.pad(weight_N, (0, 1))[row_EC]
-    z_ECO = activation(x_ECD @ gate_EOD.mT) * (x_ECD @ up_EOD.mT) * weight_EC.unsqueeze(-1)
+    gate_ECO, up_ECO = x_ECD @ gate_EOD.mT, x_ECD @ up_EOD.mT
+    if bias_PM1 is not None:
+        bias_PEO1 = nn.functional.pad(bias_PM1, (0, 0, 0, 1))[:, neuron_EO]
+        gate_ECO, up_ECO = gate_ECO + bias_PEO1[0].mT, up_ECO + bias_PEO1[1].mT
+    z_ECO = gating(gate_ECO, up_ECO) * weight_EC.unsqueeze(-1)
     y_ECD = z_ECO.to(x_ND.dtype) @ down_EOD
     return y_ECD[row_EC < len(x_ND)]
 

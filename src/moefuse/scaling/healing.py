@@ -26,7 +26,7 @@ def heal_student(
     remove_incomplete(directory)
     train(
         model,
-        LiveTeacher(teacher),
+        LiveTeacher(teacher, healing.family),
         healing.text(student.tokens, student.seed),
         healing.family,
         replace(healing.options, tokens=str(student.tokens)),
