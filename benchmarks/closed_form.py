@@ -29,6 +29,7 @@ from moefuse.fusion import factor as mean
 from moefuse.grouping.assign import group_layer
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
+from moefuse.modeling.modeling_moefuse import PlainGating
 from moefuse.sizes import LayerPlan
 
 E, D, F, K = 64, 2048, 1408, 6
@@ -101,7 +102,7 @@ def make_experts(device: torch.device, generator: torch.Generator) -> Experts:
         # Up leans on gate, so that mean outputs are not zero and tell the families apart.
         gate_up[expert] = torch.cat([gate_FD, (gate_FD + up_FD) * 0.5**0.5 * scale_F1])
         down[expert] = (columns / scale_F1).T
-    return Experts(gate_up, down, torch.nn.functional.silu)
+    return Experts(gate_up, down, PlainGating(torch.nn.functional.silu))
 
 
 def make_call(experts: Experts, tokens: int, generator: torch.Generator) -> ExpertsCall:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.modeling import FusedExperts
+from moefuse.modeling.modeling_moefuse import PlainGating
 from moefuse.modeling.training import TrainedNeuronExperts, TrainedRows
 
 
@@ -40,7 +41,7 @@ def dense_experts(
     gate_up_EHD: Tensor,
     down_EDF: Tensor,
     bias_EH: Tensor | None,
-    activation: Callable[[Tensor], Tensor],
+    gating: Callable[[Tensor, Tensor], Tensor],
     weight_TE: Tensor,
 ) -> Tensor:
     """Return what all experts make of all tokens, (T, D); H is 2F, ``weight_TE`` mostly zeros."""
@@ -49,7 +50,7 @@ def dense_experts(
     if bias_EH is not None:
         h_TM = h_TM + bias_EH.flatten()
     gate_TEF, up_TEF = h_TM.view(len(x_TD), experts, double).chunk(2, -1)
-    z_TEF = activation(gate_TEF) * up_TEF * weight_TE.to(h_TM.dtype).unsqueeze(-1)
+    z_TEF = gating(gate_TEF, up_TEF) * weight_TE.to(h_TM.dtype).unsqueeze(-1)
     return (z_TEF.flatten(1) @ down_EDF.mT.flatten(0, 1)).to(x_TD.dtype)
 
 
@@ -61,9 +62,8 @@ def weights_of_all(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Tensor:
 
 def _native(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     weight_TE = weights_of_all(index_TK, weight_TK, len(module.gate_up_proj))
-    return dense_experts(
-        x_TD, module.gate_up_proj, module.down_proj, None, module.act_fn, weight_TE
-    )
+    gating = PlainGating(module.act_fn)
+    return dense_experts(x_TD, module.gate_up_proj, module.down_proj, None, gating, weight_TE)
 
 
 def _fused(module: FusedExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _fused(module: FusedExperts, x_TD: Tensor, index_TK: Tensor, weight_TK: Tens
         gate_up_EHD = gate_up_EHD + module.delta.gate_up_b @ module.delta.gate_up_a
         down_EDF = down_EDF + module.delta.down_b @ module.delta.down_a
     weight_TE = weights_of_all(index_TK, weight_TK, module.num_experts)
-    return dense_experts(x_TD, gate_up_EHD, down_EDF, module.bias, module.act_fn, weight_TE)
+    return dense_experts(x_TD, gate_up_EHD, down_EDF, module.bias, module.gating, weight_TE)
 
 
 def _neurons(
@@ -91,9 +91,10 @@ def _neurons(
     if len(module.own):
         own: Any = module.own.values()
         gate_MD, up_MD, down_MD = torch.cat([rows.read(0, None) for rows in own], 1).unbind(0)
-        z_TM = module.act_fn(x_TD @ gate_MD.T) * (x_TD @ up_MD.T)
+        z_TM = module.gating(x_TD @ gate_MD.T, x_TD @ up_MD.T)
         weight_TE = weights_of_all(index_TK, w_TK, module.num_experts).to(z_TM.dtype)
         y_TD = ((z_TM * weight_TE.index_select(1, expert_M)) @ down_MD).to(x_TD.dtype)
     if module.shared is not None:
-        y_TD = y_TD + module._shared(x_TD, index_TK, w_TK)
+        weight_TE = weights_of_all(index_TK, w_TK, module.num_experts).to(x_TD.dtype)
+        y_TD = y_TD + module._shared(x_TD, weight_TE)
     return y_TD

@@ -30,7 +30,7 @@ from moefuse.config import PRECISIONS, DistillConfig
 from moefuse.distillation.loop import distill_layer
 from moefuse.evaluation.machine import machine_meta
 from moefuse.mathematics.experts import ExpertsCall
-from moefuse.modeling.modeling_moefuse import FusedExperts
+from moefuse.modeling.modeling_moefuse import FusedExperts, PlainGating
 
 E, D, F, K = 64, 2048, 1408, 6
 GROUPS, RANK = 8, 8
@@ -51,7 +51,7 @@ class MergedLoop(FusedExperts):
             gate_up = gate_up + delta.gate_up_b[expert] @ delta.gate_up_a[expert]
             down = base.down_proj.weight + delta.down_b[expert] @ delta.down_a[expert]
             h_NF = nn.functional.linear(hidden_states[token_N], gate_up)
-            z_NF = self.act_fn(h_NF[:, :F]) * h_NF[:, F:]
+            z_NF = self.gating(h_NF[:, :F], h_NF[:, F:])
             y_ND = nn.functional.linear(z_NF, down) * top_k_weights[token_N, slot_N].unsqueeze(-1)
             y_TD = y_TD.index_add(0, token_N, y_ND)
         return y_TD
@@ -74,7 +74,7 @@ class AddedLoop(MergedLoop):
             x_ND = hidden_states[token_N]
             h_NF = base.gate_up_proj(x_ND) * scale
             h_NF = h_NF + x_ND @ delta.gate_up_a[expert].T @ delta.gate_up_b[expert].T
-            z_NF = self.act_fn(h_NF[:, :F]) * h_NF[:, F:]
+            z_NF = self.gating(h_NF[:, :F], h_NF[:, F:])
             z_NF = z_NF * top_k_weights[token_N, slot_N].unsqueeze(-1)
             y_ND = base.down_proj(z_NF) + z_NF @ delta.down_a[expert].T @ delta.down_b[expert].T
             y_TD = y_TD.index_add(0, token_N, y_ND)
@@ -91,7 +91,7 @@ WAYS: dict[str, type[FusedExperts]] = {
 def make_student(way: str, device: str) -> FusedExperts:
     """Make the layer, its random weights the same in every way."""
     torch.manual_seed(0)
-    student = WAYS[way](D, F, E, GROUPS, RANK, nn.functional.silu, scale=True)
+    student = WAYS[way](D, F, E, GROUPS, RANK, PlainGating(nn.functional.silu), scale=True)
     for parameter in student.parameters():
         if parameter.dim() > 1 and parameter is not student.scale:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
