@@ -23,6 +23,7 @@ from moefuse.families import (
     unsupported_families,
 )
 from moefuse.modeling.native import experts_of
+from moefuse.pipeline import fuse
 
 FAMILIES = sorted(all_families())
 SPARSE = {
@@ -309,3 +310,13 @@ def test_no_family_is_both() -> None:
 def test_every_family_can_be_made_tiny(tiny_checkpoint: Callable[..., Path]) -> None:
     assert sorted(SPARSE) == FAMILIES
     assert (tiny_checkpoint("olmoe") / "tokenizer.json").is_file()
+
+
+def test_bases_of_neurons_are_refused_where_there_can_be_none(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    values = {"groups": 2, "rank": 1, "base": "neurons", "data": "not-looked-at"}
+
+    with pytest.raises(UserError, match="--base is neurons, but experts of gpt_oss models cannot"):
+        fuse(tiny_checkpoint("gpt_oss"), tmp_path / "student", values)
+    assert not (tmp_path / "student").exists()

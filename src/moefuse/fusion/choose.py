@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moefuse.config import FactorConfig
-from moefuse.errors import UserError
 from moefuse.fusion.factor import factor_layer
 from moefuse.fusion.neurons import fit_neurons
 from moefuse.mathematics.alignment import TINY, ExpertWeights, match_all
@@ -80,15 +79,10 @@ def _worth_trying(
     The mean needs a singular value decomposition of every expert, hours for a large model, and
     pays only where deltas of that rank can carry most of a matrix or where members are alike. A
     neuron's gain goes through its up row, so bases of neurons need a gating that is linear in up.
-    Raises ``UserError`` for bases of neurons where there can be none.
+    Where that is not so, and where experts have biases, a job refuses to ask for them.
     """
     if not experts.gating.linear_in_up or experts.biases is not None:
-        if options.base == "neurons":
-            raise UserError(
-                "--base is neurons, but this family's experts cannot share a base of neurons: they "
-                "have biases or are not linear in their up projection; take --base mean, or own "
-                "neurons by --form neurons."
-            )
+        assert options.base != "neurons"
         return ["mean"]
     if options.base != "auto":
         return [options.base]
