@@ -119,6 +119,7 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         "block_size": 8,
         "layer_types": ["full_attention", "linear_attention", "linear_attention"],
         "mlp_alpha_factor": 1.5,
+        "mlp_beta_factor": 0.8,
         "linear_attn_beta_factor": 0.5,
     },
     "phimoe": {

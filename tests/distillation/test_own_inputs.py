@@ -121,7 +121,9 @@ def test_inputs_and_targets_are_those_of_the_whole_model(case: Case) -> None:
         _, right = case.heard(layer, {})
         assert_close(call.x_TD, kept([x for x, *_ in calls]))
         assert_close(call.weight_TK, kept([weight for _, _, weight, _ in calls]))
-        wanted_TD = kept([y for *_, y in calls]) + CORRECTED * (kept(right) - kept(strayed))
+        scale = case.teacher.reader.family.experts_scale(case.teacher.reader.config)
+        missing_TD = (kept(right) - kept(strayed)) / scale
+        wanted_TD = kept([y for *_, y in calls]) + CORRECTED * missing_TD
         assert_close(call.y_TD, wanted_TD)
         factors[layer] = 0.25 * number
         own.take(Weakened(case.experts(layer), factors[layer]))

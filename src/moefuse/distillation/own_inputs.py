@@ -98,6 +98,7 @@ class OwnInputs:
     def __init__(self, teacher: StreamedTeacher, batches: list[Batch], passed: Passed) -> None:
         self.teacher, self.batches, self.passed = teacher, batches, passed
         self._first = min(teacher.reader.shape.layers)
+        self._scale = teacher.reader.family.experts_scale(teacher.reader.config)
         self._call: ExpertsCall | None = None
 
     def call(self, layer: int) -> ExpertsCall:
@@ -121,6 +122,7 @@ class OwnInputs:
         for number, (_, mask_BS) in enumerate(self.batches):
             stop = start + int(mask_BS.sum())
             output_ND = student_output(student, self._call.rows(slice(start, stop)))
+            output_ND = output_ND * self._scale
             pair = self.passed.leaving(number)
             hidden_BSD = pair["student"].clone()
             kept_BS = mask_BS.bool().to(hidden_BSD.device)
@@ -144,8 +146,9 @@ class OwnInputs:
                 pair = self.passed.entering(number) if layer else alike
                 left, heard = self._both(module, pair, received[layer], has_experts=has_experts)
                 if heard is not None:
-                    call = _target(without_padding(heard, batch[1]), left, batch[1])
-                    left["student"] = _without_experts(left["student"], heard[3])
+                    call = without_padding(heard, batch[1])
+                    call = _target(call, left, batch[1], self._scale)
+                    left["student"] = _without_experts(left["student"], heard[3], self._scale)
                     calls.append(call)
                 self.passed.leave(number, left)
         return calls
@@ -165,13 +168,13 @@ class OwnInputs:
         return {"teacher": teacher_BSD, "student": student_BSD}, heard[0] if heard else None
 
 
-def _target(call: ExpertsCall, left: Pair, mask_BS: Tensor) -> ExpertsCall:
+def _target(call: ExpertsCall, left: Pair, mask_BS: Tensor, scale: float) -> ExpertsCall:
     """Add to what the experts returned a share of what the student's path has strayed."""
     kept_BS = mask_BS.bool().to(call.y_TD.device)
     strayed_ND = left["teacher"][kept_BS].float() - left["student"][kept_BS].float()
-    return replace(call, y_TD=call.y_TD.float() + CORRECTED * strayed_ND)
+    return replace(call, y_TD=call.y_TD.float() + CORRECTED * strayed_ND / scale)
 
 
-def _without_experts(hidden_BSD: Tensor, experts_TD: Tensor) -> Tensor:
+def _without_experts(hidden_BSD: Tensor, experts_TD: Tensor, scale: float) -> Tensor:
     """Take what the routed experts added from what leaves their layer; fp32, as it is small."""
-    return hidden_BSD.float() - experts_TD.reshape(hidden_BSD.shape).float()
+    return hidden_BSD.float() - experts_TD.reshape(hidden_BSD.shape).float() * scale

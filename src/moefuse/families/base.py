@@ -213,9 +213,28 @@ def plain_gating(config: Config) -> dict[str, Any] | None:  # noqa: ARG001
     return None
 
 
-def unscaled_logits(config: Config) -> float:  # noqa: ARG001
-    """Tell that logits are what the head returns."""
+def unscaled(config: Config) -> float:  # noqa: ARG001
+    """Tell that something is taken as it is."""
     return 1.0
+
+
+def factor_under(key: str) -> Callable[[Config], float]:
+    """Return what reads the positive number under ``key``, 1 where there is none.
+
+    It raises ``UserError`` for anything else.
+    """
+
+    def factor(config: Config) -> float:
+        value = config.get(key)
+        if value is None:
+            return 1.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise UserError(
+                f"config.json has {value!r} under {key!r}; a positive number is needed."
+            )
+        return float(value)
+
+    return factor
 
 
 def no_window(config: Config, layer: int) -> int | None:  # noqa: ARG001
@@ -314,8 +333,10 @@ class Family:
     """How the names of the shared experts' modules in the MoE module start."""
     attention_names: tuple[str, ...] = ("self_attn",)
     """Children of a decoder layer, whichever it has, that mix tokens."""
-    logit_scale: Callable[[Config], float] = unscaled_logits
+    logit_scale: Callable[[Config], float] = unscaled
     """What the head's output is multiplied by."""
+    experts_scale: Callable[[Config], float] = unscaled
+    """What a decoder layer multiplies its MoE module's output by before it adds it."""
     writes_scores: bool = False
     """Whether Transformers has no fused attention for the family and holds all heads' scores."""
     one_piece_a_row: bool = False

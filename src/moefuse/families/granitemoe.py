@@ -4,18 +4,12 @@ Embeddings and what layers add are multiplied inside Transformers' model; the lo
 ``logits_scaling`` behind the head.
 """
 
-from moefuse.errors import UserError
-from moefuse.families.base import Config, Family
+from moefuse.families.base import Config, Family, factor_under
 
 
 def divided_logits(config: Config) -> float:
     """Return what the head's output is multiplied by: one over ``logits_scaling``."""
-    scaling = config.get("logits_scaling", 1.0)
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or scaling <= 0:
-        raise UserError(
-            f"config.json has {scaling!r} under 'logits_scaling'; a positive number is needed."
-        )
-    return 1.0 / scaling
+    return 1.0 / factor_under("logits_scaling")(config)
 
 
 FAMILY = Family(
@@ -26,6 +20,7 @@ FAMILY = Family(
     experts_count_key="num_local_experts",
     intermediate_key="intermediate_size",
     logit_scale=divided_logits,
+    experts_scale=factor_under("residual_multiplier"),
     moe_name="block_sparse_moe",
     disk_moe_name="block_sparse_moe",
     router_name="router",

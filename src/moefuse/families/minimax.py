@@ -6,6 +6,7 @@ A linear layer keeps one matrix of every head for all that came before, which no
 from moefuse.families.base import (
     Config,
     Family,
+    factor_under,
     grouped_query_attention,
     is_linear,
     stated_window,
@@ -29,6 +30,7 @@ FAMILY = Family(
     intermediate_key="intermediate_size",
     window=stated_window,
     state=lightning_state,
+    experts_scale=factor_under("mlp_beta_factor"),
     one_piece_a_row=True,
     disk_moe_name="block_sparse_moe",
     projections=("w1", "w3", "w2"),
