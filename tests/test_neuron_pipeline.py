@@ -113,8 +113,9 @@ def test_the_plan_says_what_is_on_disk(family: str, made: dict[str, FuseResult])
     moe_layers = len(plan.layers)
     biases = 8 * (2 * 16 + 32) if all_families()[family].layout.biased else 0
     assert plan.expert_bytes <= 4 * moe_layers * (NUMBERS / 2 + biases) / 8
-    # DeepSeek-V3 stores what its router was balanced by, which Transformers keeps as a buffer.
-    balance = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    # Some families store buffers: what DeepSeek-V3's router was balanced by, MiniMax's decays.
+    stored = re.compile(r"e_score_correction_bias|slope_rate|_decay$")
+    balance = [b for n, b in model.named_buffers() if stored.search(n)]
     assert plan.parameters == count_parameters(model) + sum(b.numel() for b in balance)
     active = count_active_parameters(model, headers)
     assert active is not None and active <= plan.active_parameters <= plan.parameters

@@ -17,8 +17,9 @@ from moefuse.modeling.native import experts_of
 
 FAMILIES = sorted(all_families())
 E, K, D = 8, 2, 32
-NEED_TWO = {"deepseek_v3", "glm4_moe"}
-"""Families whose router adds the best two scores of a group, so it cannot choose from one."""
+NEED_TWO = {"deepseek_v3", "glm4_moe", "phimoe"}
+"""Families whose router cannot choose from one: it adds the best two scores of a group, or takes
+two experts one after the other."""
 EXPERT = 3 * D * 16
 """Numbers of one expert of the tiny models."""
 

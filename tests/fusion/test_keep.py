@@ -95,7 +95,7 @@ def test_every_expert_gets_its_own_neurons_at_their_bits(seed: int) -> None:
         whole = (bits_EF[expert] == LOW_BITS.index("16")).nonzero().flatten()
         own = own_neurons(made, expert)
         assert len(own) == int((bits_EF[expert] > 0).sum())
-        for neuron_PD, neuron in zip(own[len(own) - len(whole) :], whole, strict=True):
+        for (neuron_PD, _), neuron in zip(own[len(own) - len(whole) :], whole, strict=True):
             assert torch.equal(neuron_PD, rows_PND[:, expert * F + neuron])
 
 

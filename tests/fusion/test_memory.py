@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_model
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache
 
 from moefuse.config import FactorConfig, SizeConfig
 from moefuse.errors import UserError
@@ -87,22 +86,28 @@ def serve(context: int, batch: int = 1, engine: str = "transformers", **other: A
     return Serving(context, batch, engine, **{"itemsize": 2, **other})
 
 
-def read_prompt(model: nn.Module, context: int, batch: int, chunk: int) -> DynamicCache:
-    """Fill a new cache as ``generate`` does with ``prefill_chunk_size``."""
-    cache = DynamicCache(config=model.config)
+def read_prompt(model: nn.Module, context: int, batch: int, chunk: int) -> Any:
+    """Fill a new cache, of the kind that the model makes, as ``generate`` does with
+    ``prefill_chunk_size``."""
+    cache = None
     tokens = torch.randint(2, 60, (batch, context))
     with torch.no_grad():
         for part in tokens.split(chunk, dim=1):
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+            cache = model(part, **given, logits_to_keep=1).past_key_values
     return cache
 
 
-def held_bytes(cache: DynamicCache) -> int:
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for layer in cache.layers
-        for tensor in (layer.keys, layer.values)
-    )
+HELD = ("keys", "values", "conv_states", "recurrent_states")
+"""What layers of a cache hold, those of linear attention included."""
+
+
+def held_bytes(cache: Any) -> int:
+    """Count every tensor that a cache holds; MiniMax's has one more list."""
+    held = [getattr(layer, name, None) for layer in cache.layers for name in HELD]
+    held += getattr(cache, "linear_cache", [])
+    flat = [t for part in held for t in (part.values() if isinstance(part, dict) else [part])]
+    return sum(t.numel() * t.element_size() for t in flat if isinstance(t, Tensor))
 
 
 def fused_model(model_type: str, groups: int, rank: int, **changes: Any) -> nn.Module:

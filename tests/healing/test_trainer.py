@@ -273,7 +273,8 @@ def test_goes_on_from_a_checkpoint_whatever_a_family_calls_its_weights(
 
     def trained() -> PreTrainedModel:
         student = tiny_model(model_type, seed=1)
-        given = (student, LiveTeacher(teacher), text, all_families()[model_type], options)
+        family = all_families()[model_type]
+        given = (student, LiveTeacher(teacher, family), text, family, options)
         train(*given, directory=tmp_path / "training", seed=0, device="cpu", mixed=False)
         return student
 

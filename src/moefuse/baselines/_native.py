@@ -108,7 +108,8 @@ def kept_experts(layer: Layer, kept: Tensor) -> KeptExperts:
         is_expert = name.startswith((router, f"{family.experts_name}."))
         state[name] = of_experts(tensor, kept, experts) if is_expert else tensor
     block.load_state_dict(state, assign=True)
-    block.requires_grad_(False)
+    # Some routers are random while they train; a student is made for how it is used.
+    block.requires_grad_(False).eval()
     block.get_submodule(family.experts_name).requires_grad_(True)
     shared = [name for name, child in block.named_children() if _is_shared(layer, name, child)]
     return KeptExperts(block, shared, family.experts_name)

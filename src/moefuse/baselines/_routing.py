@@ -58,14 +58,17 @@ def routable_within(layer: Layer, numbers: int) -> int:
     """Return how many whole experts ``numbers`` numbers hold.
 
     Raises ``TooSmallError`` where they hold none, or fewer than the family's router can choose
-    among: DeepSeek-V3's adds the best two scores of each group and so needs two.
+    among: DeepSeek-V3's adds the best two scores of each group and so needs two, as Phi-3.5-MoE's,
+    which chooses one after the other.
     """
     experts = layer.experts_within(numbers)
     one = torch.zeros(1, len(layer.experts.gate_up_EFD), device=layer.experts.gate_up_EFD.device)
     try:
-        choose_among(layer, one, torch.arange(experts, device=one.device))
-    except RuntimeError as error:
-        raise TooSmallError(f"The router cannot choose among {experts} experts alone.") from error
+        _, weight_TK = choose_among(layer, one, torch.arange(experts, device=one.device))
+    except RuntimeError:
+        weight_TK = one.new_full((), torch.nan)
+    if not weight_TK.isfinite().all():
+        raise TooSmallError(f"The router cannot choose among {experts} experts alone.")
     return experts
 
 
@@ -76,7 +79,7 @@ def _returned(layer: Layer, returned: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 def _native_router(layer: Layer) -> nn.Module:
     # In fp32, as students are run, whatever the teacher is stored in.
-    return copy.deepcopy(layer.block.get_submodule(layer.family.router_name)).float()
+    return copy.deepcopy(layer.block.get_submodule(layer.family.router_name)).float().eval()
 
 
 def _config_for(layer: Layer, experts: int) -> Any:
@@ -102,4 +105,4 @@ def _router_of_logits(layer: Layer, config: Any, kept: Tensor) -> nn.Module:
         state[layer.family.router_bias] = torch.zeros(len(kept), device=kept.device)
     router = type(native)(config)
     router.load_state_dict(state, assign=True)
-    return router
+    return router.eval()

@@ -23,14 +23,31 @@ def from_native(parameters: Mapping[str, Tensor], layout: ExpertsLayout) -> Weig
 
     What is laid out as here already is not copied.
     """
-    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
-    if layout.transposed:
-        gate_up, down = gate_up.mT, down.mT
+    if layout == ExpertsLayout():
+        return weights_of(parameters)
+    return weights_of(
+        {
+            name: torch.stack([of_one(name, one, layout) for one in stacked])
+            for name, stacked in parameters.items()
+        }
+    )
+
+
+def weights_of(parameters: Mapping[str, Tensor]) -> Weights:
+    """Return parameters that are laid out as here, by their names in native modules."""
     biases = None
-    if layout.biased:
-        gate_up_bias = _gate_first(parameters["gate_up_proj_bias"], layout)
-        biases = ExpertBiases(gate_up_bias, parameters["down_proj_bias"])
-    return _gate_first(gate_up, layout).contiguous(), down.contiguous(), biases
+    if "gate_up_proj_bias" in parameters:
+        biases = ExpertBiases(parameters["gate_up_proj_bias"], parameters["down_proj_bias"])
+    return parameters["gate_up_proj"], parameters["down_proj"], biases
+
+
+def of_one(name: str, native: Tensor, layout: ExpertsLayout) -> Tensor:
+    """Return one expert's part of the native parameter ``name`` as it is laid out here: a view."""
+    if layout.transposed and native.ndim == 2:
+        native = native.mT
+    if layout.interleaved and name.startswith("gate_up_proj"):
+        return torch.cat([native[::2], native[1::2]])
+    return native
 
 
 def to_native(weights: Weights, layout: ExpertsLayout) -> dict[str, Tensor]:
@@ -45,10 +62,6 @@ def to_native(weights: Weights, layout: ExpertsLayout) -> dict[str, Tensor]:
         parameters["gate_up_proj_bias"] = _taking_turns(biases.gate_up_EF, layout)
         parameters["down_proj_bias"] = biases.down_ED
     return parameters
-
-
-def _gate_first(rows: Tensor, layout: ExpertsLayout) -> Tensor:
-    return torch.cat([rows[:, ::2], rows[:, 1::2]], 1) if layout.interleaved else rows
 
 
 def _taking_turns(rows: Tensor, layout: ExpertsLayout) -> Tensor:

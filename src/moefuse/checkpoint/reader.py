@@ -37,7 +37,7 @@ from moefuse.checkpoint.headers import (
     read_config,
     read_weight_map,
 )
-from moefuse.checkpoint.native import Weights, from_native
+from moefuse.checkpoint.native import Weights, of_one, to_native, weights_of
 from moefuse.checkpoint.promises import check_experts, check_plain_floats
 from moefuse.checkpoint.read_ahead import Range, ReadAhead
 from moefuse.console import track
@@ -130,13 +130,11 @@ class CheckpointReader:
         """Return a layer's routed experts: ``gate_up`` (E, 2F, D), ``down`` (E, D, F), biases.
 
         Gate rows come first; biases are None where the family has none. All are on ``device`` in
-        ``dtype``, by default the stored one. Experts that are published singly are converted one by
-        one, so that no second copy of the layer is ever there.
+        ``dtype``, by default the stored one. They are converted one by one, so that no second copy
+        of the layer is ever there.
         """
         if self.family.stacked is not None:
-            names = self.family.stacked_names(layer)
-            stacked = {own: self._moved(name, device, dtype) for own, name in names.items()}
-            return from_native(stacked, self.family.layout)
+            return self._read_stacked(layer, device, dtype)
         shape, width = self.shape, self.shape.intermediate
         names = [self.family.expert_names(layer, expert) for expert in range(shape.experts)]
         place = {"dtype": dtype or self.read(names[0].gate).dtype, "device": device}
@@ -150,9 +148,36 @@ class CheckpointReader:
         self._visit(list(places), lambda name, mapped: places[name].copy_(mapped))
         return gate_up, down, None
 
-    def _moved(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-        """Read one tensor right into its place."""
-        return self.read(name).to(device, dtype)
+    def read_native(
+        self, layer: int, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return a layer's routed experts as parameters of Transformers' module, by their names."""
+        if self.family.stacked is None:
+            weights = self.read_experts(layer, device=device, dtype=dtype)
+            return to_native(weights, self.family.layout)
+        names = self.family.stacked_names(layer)
+        return {own: self.read(name).to(device, dtype) for own, name in names.items()}
+
+    def _read_stacked(
+        self, layer: int, device: str | torch.device, dtype: torch.dtype | None
+    ) -> Weights:
+        """Read experts that lie in one tensor for each projection, an expert after the other.
+
+        Only one tensor is there twice while it is read, and mapped once.
+        """
+        layout, names = self.family.layout, self.family.stacked_names(layer)
+        found: dict[str, Tensor] = {}
+
+        def take(own: str, stacked: Tensor) -> None:
+            first = of_one(own, stacked[0], layout)
+            place = {"dtype": dtype or stacked.dtype, "device": device}
+            found[own] = torch.empty((len(stacked), *first.shape), **place)
+            for expert, one in enumerate(stacked):
+                found[own][expert] = of_one(own, one, layout)
+
+        for own, name in names.items():
+            self._visit([name], lambda _, stacked, own=own: take(own, stacked))
+        return weights_of(found)
 
     def read_ahead(self, layer: int, *, outside: bool = True, experts: bool = True) -> None:
         """Begin to read a layer's tensors from the disk while others are worked on.

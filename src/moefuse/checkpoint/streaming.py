@@ -19,7 +19,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moefuse.checkpoint.native import to_native
 from moefuse.checkpoint.reader import DTYPES, CheckpointReader
 from moefuse.errors import UserError
 from moefuse.mathematics.experts import ExpertsCall
@@ -168,7 +167,7 @@ class StreamedTeacher:
             pass
         finally:
             self.backbone.layers = nn.ModuleList(self.layers)
-        # What the model makes of embeddings before its first layer is part of that layer's input.
+        # Not the embeddings: a model may scale them before its first layer.
         return recorders[0].entering, [recorder.received for recorder in recorders]
 
     @contextmanager
@@ -194,10 +193,10 @@ class StreamedTeacher:
         """Hold what follows the last layer in memory: hidden states (..., D) to logits (..., V)."""
         output = self.model.get_output_embeddings()  # type: ignore[operator]
         scale = self.reader.family.logit_scale(self.reader.config)
-        norm: Any = self.backbone.norm
-        head = nn.Sequential(norm, output, _Scaled(scale))
+        weighted: list[Any] = [self.backbone.norm, output]
+        head = nn.Sequential(*weighted, _Scaled(scale))
         try:
-            for module in (norm, output):
+            for module in weighted:
                 module.load_state_dict(self._outside_state(module), strict=True, assign=True)
             yield head
         finally:
@@ -236,10 +235,9 @@ class StreamedTeacher:
         if layer in self.reader.shape.layers:
             path = f"{family.moe_name}.{family.experts_name}"
             dtype = expected[f"{path}.gate_up_proj"].dtype
-            weights = self.reader.read_experts(layer, device=self.device, dtype=dtype)
-            native = to_native(weights, family.layout)
+            native = self.reader.read_native(layer, device=self.device, dtype=dtype)
             stored |= {f"{path}.{name}": tensor for name, tensor in native.items()}
-            del weights, native
+            del native
         # Popped, so that what is stored in another dtype goes as soon as it is converted.
         return {name: stored.pop(name).to(self.device, expected[name].dtype) for name in expected}
 

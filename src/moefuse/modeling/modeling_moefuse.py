@@ -34,6 +34,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
@@ -589,12 +590,19 @@ def fused_classes(
     return config, model, causal
 
 
+def _names_own_class(native_name: str, model_type: str) -> bool:
+    """Tell whether a class belongs to a model type, and not only stands in for the lack of one."""
+    native: Any = getattr(transformers, native_name)
+    config: Any = configuration_auto.CONFIG_MAPPING[model_type]
+    return native is config or getattr(native, "config_class", None) is config
+
+
 def __getattr__(name: str) -> type:
     """Find a fused class by name, which is how ``auto_map`` in ``config.json`` asks for it."""
     native_name = name.removeprefix(CLASS_PREFIX)
     for names in NATIVE_NAMES:
         for model_type, candidate in names.items():
-            if candidate == native_name != name:
+            if candidate == native_name != name and _names_own_class(candidate, model_type):
                 classes = {cls.__name__: cls for cls in fused_classes(model_type)}
                 return classes[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
