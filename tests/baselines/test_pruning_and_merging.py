@@ -522,7 +522,11 @@ def test_gates_of_all_experts_are_the_family_s_own_scores(model_type: str) -> No
     chosen_TK = gates_TE.gather(1, layer.call.index_TK)
     ratio_T = chosen_TK[:, 0] / chosen_TK[:, 1]
     assert_close(ratio_T, layer.call.weight_TK[:, 0] / layer.call.weight_TK[:, 1])
-    assert_close(gates_TE.sum(1) / gates_TE.sum(1)[0], torch.ones(len(gates_TE)))
+    if model_type == "phimoe":
+        # SparseMixer weighs each of its two experts by itself, and gives the others nothing.
+        assert (gates_TE > 0).sum(1).eq(2).all()
+    else:
+        assert_close(gates_TE.sum(1) / gates_TE.sum(1)[0], torch.ones(len(gates_TE)))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -30,7 +30,8 @@ def router_logits(layer: Layer, x_TD: Tensor) -> Tensor:
 def all_gates(layer: Layer, logits_TE: Tensor) -> Tensor:
     """Return the routing weights of every expert as if each token chose all, (T, E) fp32.
 
-    They are what the family makes of the logits: a softmax, or sigmoids divided by their sum.
+    They are what the family makes of the logits: a softmax, or sigmoids divided by their sum. Where
+    its router cannot choose more than two, the others get nothing.
     """
     experts = logits_TE.shape[1]
     config = _config_for(layer, experts)
