@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moefuse import artifacts
-from moefuse.checkpoint.formats import format_of, settings_of
+from moefuse.checkpoint.formats import check_known, format_of, settings_of
+from moefuse.checkpoint.formats.base import DamagedPartsError
 from moefuse.checkpoint.headers import (
     CARD,
     CONFIG,
@@ -89,6 +90,7 @@ class CheckpointReader:
             directory = _download(str(source), revision, trust_remote_code)
         family = _known_family(read_config(directory), trust_remote_code)
         headers = local_headers(str(source), directory)
+        check_known(headers.source, headers.config)
         shape = family.shape(headers.config)
         check_experts(headers, family, shape)
         check_plain_floats(headers)
@@ -264,7 +266,13 @@ class CheckpointReader:
         found = format_of(self.config)
         assert found is not None
         parts = {end: files[part.shard].get_tensor(part.name) for end, part in tensor.parts}
-        weight = found.unpack(parts, settings_of(self.config) or {}, tensor.shape)
+        try:
+            weight = found.unpack(parts, settings_of(self.config) or {}, tensor.shape)
+        except DamagedPartsError as error:
+            raise UserError(
+                f"The tensor {tensor.name!r} in {self.directory / tensor.shard} is quantised, and "
+                f"{error}; download the checkpoint again."
+            ) from error
         return weight.to(DTYPES[tensor.dtype])
 
     def _batches(self, names: list[str]) -> Iterator[tuple[tuple[str, ...], list[str]]]:

@@ -13,8 +13,17 @@ from typing import Any
 
 from moefuse.checkpoint.formats.base import Format, Settings, settings_of
 from moefuse.checkpoint.tensor_info import TensorInfo
+from moefuse.errors import UserError
 
-__all__ = ["Format", "all_formats", "as_plain", "format_of", "known_formats", "settings_of"]
+__all__ = [
+    "Format",
+    "all_formats",
+    "as_plain",
+    "check_known",
+    "format_of",
+    "known_formats",
+    "settings_of",
+]
 
 
 @cache
@@ -36,6 +45,20 @@ def format_of(config: Mapping[str, Any]) -> Format | None:
     if settings is None:
         return None
     return next((known for known in all_formats() if known.reads(settings)), None)
+
+
+def check_known(source: str, config: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` for a ``config.json`` that names a format which moefuse cannot read.
+
+    Formats of the same tensor names may mean other numbers, so nothing is guessed from those.
+    """
+    settings = settings_of(config)
+    if settings is not None and format_of(config) is None:
+        method = settings.get("quant_method", "an unnamed method")
+        raise UserError(
+            f"{source} is quantised with {method}, which is no format that moefuse reads: "
+            f"{known_formats()}. Start from the checkpoint that was not quantised."
+        )
 
 
 def as_plain(

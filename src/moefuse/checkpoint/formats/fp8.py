@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from moefuse.checkpoint.formats.base import (
+    SCALES_IN,
     Format,
     Packed,
     Settings,
+    check_kind,
     check_shape,
     collect,
     method_is,
@@ -41,6 +43,8 @@ def _block(settings: Settings, shape: tuple[int, ...]) -> tuple[int, int]:
 def _find(source: str, tensors: Mapping[str, TensorInfo], settings: Settings) -> Iterator[Packed]:
     quantised = {n: t for n, t in tensors.items() if n.endswith(SCALE) or t.dtype in FLOATS}
     for stem, parts in collect(source, quantised, WEIGHT, (SCALE,)):
+        check_kind(source, parts[WEIGHT], 2, *FLOATS)
+        check_kind(source, parts[SCALE], None, *SCALES_IN)
         shape = parts[WEIGHT].shape
         rows, columns = _block(settings, shape)
         blocks = (-(-shape[0] // rows), -(-shape[1] // columns))
