@@ -2,8 +2,8 @@
 
 A GPU is done with one of the bundled teacher's experts before it has been told of the next, and
 waits whenever it is asked how many tokens an expert has. Here all experts' weights stand side by
-side in one matrix and the experts that a token did not choose weigh nothing: ten times the
-arithmetic, a tenth of the time. The sums are the same but for their order.
+side in one matrix and the experts that a token did not choose weigh nothing: several times the
+arithmetic, in a few products. The sums are the same but for their order.
 
 Shape suffixes: T tokens, K chosen experts, E experts, D hidden width, F intermediate width,
 M neurons of all experts, N numbers of a vector.
