@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from moefuse.checkpoint.formats import check_known, format_of
+from moefuse.checkpoint.formats import check_known, format_of, quantization_method
 from moefuse.checkpoint.headers import (
     HUB_ERRORS,
     CheckpointHeaders,
@@ -24,7 +24,6 @@ from moefuse.checkpoint.headers import (
     read_config,
     read_headers,
 )
-from moefuse.checkpoint.promises import quantization_method
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.streaming import whole_model
 from moefuse.errors import UserError

@@ -19,7 +19,6 @@ from moefuse.checkpoint.formats.base import (
     check_shape,
     collect,
     columns_of_group,
-    method_is,
 )
 from moefuse.checkpoint.formats.bits import unpack_columns
 from moefuse.checkpoint.tensor_info import TensorInfo
@@ -61,4 +60,4 @@ def _in_order(packed_RC: Tensor) -> Tensor:
     return eights[..., list(PLACE_OF_COLUMN)].flatten(-2)
 
 
-FORMAT = Format("AWQ", method_is("awq"), _find, _unpack)
+FORMAT = Format("AWQ", "awq", _find, _unpack)

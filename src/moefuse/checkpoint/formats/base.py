@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.errors import UserError
+
+# torch takes seconds to import, and what only reads headers of plain checkpoints needs none of it.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Settings = Mapping[str, Any]
 """``quantization_config`` of a ``config.json``."""
@@ -39,21 +41,21 @@ class Packed:
 
 
 Find = Callable[[str, Mapping[str, TensorInfo], Settings], Iterator[Packed]]
-Unpack = Callable[[Mapping[str, Tensor], Settings, tuple[int, ...]], Tensor]
+Unpack = Callable[["Mapping[str, Tensor]", Settings, tuple[int, ...]], "Tensor"]
 
 
 @dataclass(frozen=True)
 class Format:
     """A way to store weights in few bits.
 
-    ``reads(settings)`` says whether these are its settings; ``find(source, tensors, settings)``
-    yields all quantised weights, raising ``UserError`` for damaged ones; ``unpack(parts, settings,
-    shape)`` makes one plain weight of its parts, any float dtype, and raises ``DamagedPartsError``.
-    ``leaves_out`` are ends of names of tensors that only quantised products need.
+    ``method`` is what settings call it; ``find(source, tensors, settings)`` yields all quantised
+    weights, raising ``UserError`` for damaged ones; ``unpack(parts, settings, shape)`` makes one
+    plain weight of its parts, any float dtype, and raises ``DamagedPartsError``. ``leaves_out`` are
+    ends of names of tensors that only quantised products need.
     """
 
     title: str
-    reads: Callable[[Settings], bool]
+    method: str
     find: Find
     unpack: Unpack
     leaves_out: tuple[str, ...] = ()
@@ -65,9 +67,10 @@ def settings_of(config: Mapping[str, Any]) -> Settings | None:
     return settings if isinstance(settings, Mapping) and settings else None
 
 
-def method_is(name: str) -> Callable[[Settings], bool]:
-    """Return what recognises settings by their ``quant_method``."""
-    return lambda settings: settings.get("quant_method") == name
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """Return the method that ``quantization_config`` names, or None where there is none."""
+    settings = settings_of(config)
+    return None if settings is None else str(settings.get("quant_method", "an unnamed method"))
 
 
 def collect(
@@ -119,7 +122,7 @@ def columns_of_group(settings: Settings, inputs: int, groups: int) -> int:
     return max(1, -(-inputs // max(1, groups)))
 
 
-def check_groups(group_I: Tensor, groups: int) -> None:
+def check_groups(group_I: "Tensor", groups: int) -> None:
     """Raise ``DamagedPartsError`` unless every column, (in,), belongs to one of ``groups``."""
     if int(group_I.min()) < 0 or int(group_I.max()) >= groups:
         raise DamagedPartsError(

@@ -24,7 +24,6 @@ from moefuse.checkpoint.formats.base import (
     check_kind,
     check_shape,
     collect,
-    method_is,
     missing_part,
 )
 from moefuse.checkpoint.formats.bits import scaled, shifted, unpack_columns, unpack_rows
@@ -187,7 +186,7 @@ def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, .
 
 FORMAT = Format(
     "compressed-tensors",
-    method_is("compressed-tensors"),
+    "compressed-tensors",
     _find,
     _unpack,
     leaves_out=(".input_scale", ".output_scale", ".k_scale", ".v_scale", ".input_zero_point"),

@@ -16,7 +16,6 @@ from moefuse.checkpoint.formats.base import (
     check_kind,
     check_shape,
     collect,
-    method_is,
 )
 from moefuse.checkpoint.formats.bits import scaled
 from moefuse.checkpoint.tensor_info import TensorInfo
@@ -60,7 +59,7 @@ def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, .
 
 FORMAT = Format(
     "fp8 in blocks",
-    method_is("fp8"),
+    "fp8",
     _find,
     _unpack,
     leaves_out=(".input_scale", ".activation_scale"),

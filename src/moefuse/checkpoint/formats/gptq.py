@@ -22,7 +22,6 @@ from moefuse.checkpoint.formats.base import (
     check_shape,
     collect,
     columns_of_group,
-    method_is,
 )
 from moefuse.checkpoint.formats.bits import unpack_columns, unpack_rows
 from moefuse.checkpoint.tensor_info import TensorInfo
@@ -92,4 +91,4 @@ def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, .
     return (scale_IO * (q_IO - zero_GO[group_I.long()])).T
 
 
-FORMAT = Format("GPTQ", method_is("gptq"), _find, _unpack)
+FORMAT = Format("GPTQ", "gptq", _find, _unpack)

@@ -17,7 +17,6 @@ from moefuse.checkpoint.formats.base import (
     check_kind,
     check_shape,
     collect,
-    method_is,
 )
 from moefuse.checkpoint.tensor_info import TensorInfo
 
@@ -47,4 +46,4 @@ def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, .
     return torch.ldexp(pairs.flatten(-2), exponent.unsqueeze(-1)).flatten(-2).mT
 
 
-FORMAT = Format("MXFP4", method_is("mxfp4"), _find, _unpack)
+FORMAT = Format("MXFP4", "mxfp4", _find, _unpack)
