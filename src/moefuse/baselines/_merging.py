@@ -16,8 +16,7 @@ Aligner = Callable[[int, int], ExpertWeights]
 
 def expert_weights(layer: Layer, expert: int) -> ExpertWeights:
     """Return one expert of the layer."""
-    gate_FD, up_FD = layer.experts.gate_up_EFD[expert].chunk(2)
-    return ExpertWeights(gate_FD, up_FD, layer.experts.down_EDF[expert])
+    return layer.experts.weights(expert)
 
 
 def merge_into_centres(

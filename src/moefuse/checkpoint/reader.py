@@ -41,12 +41,11 @@ from moefuse.checkpoint.headers import (
 from moefuse.checkpoint.promises import check_experts, check_plain_floats
 from moefuse.checkpoint.read_ahead import Range, ReadAhead
 from moefuse.console import track
+from moefuse.devices import STORED, stored_dtype
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families, family_of
 
 MAPPED_BYTES = 64_000_000
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""What a quantised weight may be meant to be, by safetensors' name."""
 CHECKED_AT_ONCE = 1 << 24
 SAMPLED_BYTES = 4096
 
@@ -135,7 +134,7 @@ class CheckpointReader:
         """
         shape, width = self.shape, self.shape.intermediate
         names = [self.family.expert_names(layer, expert) for expert in range(shape.experts)]
-        place = {"dtype": dtype or self.read(names[0].gate).dtype, "device": device}
+        place = {"dtype": dtype or self.dtype, "device": device}
         gate_up = torch.empty((shape.experts, 2 * width, shape.hidden), **place)
         down = torch.empty((shape.experts, shape.hidden, width), **place)
         places: dict[str, Tensor] = {}
@@ -145,6 +144,11 @@ class CheckpointReader:
             places[name.down] = down[expert]
         self._visit(list(places), lambda name, mapped: places[name].copy_(mapped))
         return gate_up, down
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the routed experts, once plain."""
+        return stored_dtype(self.tensors, self.family, self.config)
 
     def read_ahead(self, layer: int, *, outside: bool = True, experts: bool = True) -> None:
         """Begin to read a layer's tensors from the disk while others are worked on.
@@ -273,7 +277,7 @@ class CheckpointReader:
                 f"The tensor {tensor.name!r} in {self.directory / tensor.shard} is quantised, and "
                 f"{error}; download the checkpoint again."
             ) from error
-        return weight.to(DTYPES[tensor.dtype])
+        return weight.to(STORED[tensor.dtype])
 
     def _batches(self, names: list[str]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
         """Split names into runs of the same shards and at most ``MAPPED_BYTES`` (or one tensor)."""
