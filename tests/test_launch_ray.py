@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def _two_workers() -> Iterator[None]:
     ray.init(
+        address="local",  # never what else runs on this machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
@@ -161,6 +163,21 @@ def test_a_mistake_in_a_task_is_one_sentence(
     assert ran.status == 2
     assert ran.err.splitlines()[-1].startswith(f"moefuse: On {platform.node()}: ")
     assert "has no artifacts of 'calibrate'" in ran.err
+
+
+def test_an_address_where_nothing_listens() -> None:
+    from moefuse.errors import UserError
+    from moefuse.launch.ray import _check_reachable
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        _check_reachable(f"127.0.0.1:{port}")
+        _check_reachable(f"ray://127.0.0.1:{port}")
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999"):
+        with pytest.raises(UserError, match=f"No Ray cluster answers at --ray-address {address}"):
+            _check_reachable(address)
+    for elsewhere in (None, "auto", "local"):
+        _check_reachable(elsewhere)
 
 
 def test_machines_that_differ_are_refused() -> None:

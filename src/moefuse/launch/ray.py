@@ -8,6 +8,7 @@ calibrates, and writes the student: these go through the layers in order.
 import logging
 import os
 import platform
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ except ImportError as error:
         '--launch ray needs Ray, which is an extra: pip install "moefuse[ray]", on every machine.'
     ) from error
 
+CONNECT_SECONDS = 5.0
 COMPARED = ("moefuse", "torch", "transformers")
 """Packages whose versions decide what bytes a layer gets, or whether it is made at all."""
 
@@ -67,6 +69,7 @@ def cluster(student: Student, options: LaunchConfig) -> "Iterator[RayLayers]":
     if ray.is_initialized():
         yield layers
         return
+    _check_reachable(options.ray_address)
     # Nothing is told to anybody unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -84,6 +87,20 @@ def cluster(student: Student, options: LaunchConfig) -> "Iterator[RayLayers]":
         yield layers
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise ``UserError`` where nothing listens: Ray itself tries for minutes and then exits."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"No Ray cluster answers at --ray-address {address} ({error}); give the address that "
+            "'ray start --head' printed."
+        ) from error
 
 
 class RayLayers:
