@@ -32,8 +32,11 @@ ablation: $(VENV)/installed
 	$(BIN)/python benchmarks/ablation.py
 
 # Healing of this design and of rivals, with its way there; minutes on several GPUs, with --part.
-healing: $(VENV)/installed
+healing: $(VENV)/installed runs/packages.jsonl
 	$(BIN)/python benchmarks/healing.py
+
+runs/packages.jsonl: | $(VENV)/installed
+	$(BIN)/python benchmarks/package_text.py $@ --megabytes 115
 
 # Spectra of deltas, how alike and how unequal neurons are, and where errors come from.
 spectra: $(VENV)/installed

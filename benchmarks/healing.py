@@ -26,6 +26,7 @@ import typer
 from dense_products import multiply_densely
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -168,11 +169,20 @@ class Bench:
         rows = [rows[0], *(replace(row, groups=cell.groups) for row in rows[1:])]
         told = " to ".join(f"{row.kl:.4f}" for row in rows[1:])
         say(f"{cell.name}: KL {told} ({time.monotonic() - start:.0f} s)")
+        return {"rows": report_json({}, rows)["rows"], "curve": self.curve_of(log)}
+
+    def curve_of(self, log: list[dict[str, Any]]) -> list[tuple[float, float]]:
+        """Return a log's KL on held-out text, after how many tokens."""
         per_step = tokens_per_row(self.text) * self.options.batch_size
-        curve = [
-            [line["step"] * per_step, line["eval_loss"]] for line in log if "eval_loss" in line
+        return [(line["step"] * per_step, line["eval_loss"]) for line in log if "eval_loss" in line]
+
+    def so_far(self, cell: Cell) -> dict[str, Any]:
+        """Return the way of a cell that is not done: of its last checkpoint, if there is one."""
+        states = [
+            read_json(path) for path in self.directory(cell).glob("checkpoint-*/trainer_state.json")
         ]
-        return {"rows": report_json({}, rows)["rows"], "curve": curve}
+        last = max(states, key=lambda state: state["global_step"], default={"log_history": []})
+        return {"rows": [], "curve": self.curve_of(last["log_history"])}
 
 
 def cells(seeds: int, methods: tuple[str, ...], groups: tuple[int, ...]) -> Iterator[Cell]:
@@ -190,9 +200,10 @@ def main(
     device: str = "cpu",
     mixed: Annotated[bool, typer.Option(help="Compute in bf16 around fp32 weights.")] = False,
     seeds: int = 3,
-    tokens: str = "10M",
+    tokens: str = "24M",
     methods: str = ",".join(METHODS),
     groups: str = "16,8,4,2",
+    unfinished: Annotated[bool, typer.Option(help="Report though cells are missing.")] = False,
     part: Annotated[str | None, typer.Option(help="Only this part, such as 0/24.")] = None,
 ) -> None:
     """Heal every cell that is not done yet, and report."""
@@ -217,8 +228,8 @@ def main(
         if not path.exists():
             write_json(path, bench.measured(cell))
     done = {c: read_json(p) for c in wanted if (p := out / "cells" / f"{c.name}.json").exists()}
-    if len(done) == len(wanted):
-        report(done, bench, results)
+    if len(done) == len(wanted) or unfinished:
+        report({c: done.get(c) or bench.so_far(c) for c in wanted}, bench, results)
 
 
 def read_packed(
@@ -250,7 +261,9 @@ def report(done: dict[Cell, Any], bench: Bench, results: Path) -> None:
     )
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "healing.json", report_json(meta, rows))
-    write_text(results / "healing.md", _markdown(rows))
+    curves = {cell.name: found["curve"] for cell, found in done.items() if found["curve"]}
+    write_json(results / "curves.json", curves)
+    write_text(results / "healing.md", _markdown(rows, done) + _on_the_way(done))
     _plot(done, results / "healing.png")
 
 
@@ -266,8 +279,9 @@ def _spread(values: list[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def _markdown(rows: list[Row]) -> str:
-    titles = ["Fused experts", "Method", "Expert bytes", "KL distilled", "KL healed"]
+def _markdown(rows: list[Row], done: dict[Cell, Any]) -> str:
+    finished = sum(bool(found["rows"]) for found in done.values())
+    titles = ["Fused experts", "Method", "Expert bytes", "Seeds", "KL distilled", "KL healed"]
     titles += ["Healed / distilled", "Healed KL / this design's"]
     lines = []
     for groups in sorted({row.groups for row in rows if row.groups}, reverse=True):
@@ -283,13 +297,45 @@ def _markdown(rows: list[Row]) -> str:
                         str(groups),
                         method,
                         f"{(size or 0) / 1e6:.2f} MB",
+                        str(len(after)),
                         _spread(before),
                         _spread(after),
                         f"{mean(after) / mean(before):.2f}",
                         f"{mean(after) / ours:.2f}",
                     ]
                 )
-    return f"# Healing\n\n![KL against tokens](healing.png)\n\n{markdown(titles, lines)}\n"
+    return f"""# Healing
+
+By `make healing`; {finished} of {len(done)} students are healed to the end.
+
+![KL against tokens](healing.png)
+
+{markdown(titles, lines)}
+"""
+
+
+def _curves(done: dict[Cell, Any], method: str, groups: int) -> list[Any]:
+    found = [f["curve"] for c, f in done.items() if (c.method, c.groups) == (method, groups)]
+    return [curve for curve in found if curve]
+
+
+def _on_the_way(done: dict[Cell, Any]) -> str:
+    """Tell of all methods after as many tokens of the same schedule as all of them have seen."""
+    titles = ["Fused experts", "Million tokens", *METHODS, *(f"{m} / {NEURONS}" for m in METHODS)]
+    lines = []
+    for groups in WITH_RIVALS:
+        of = {method: _curves(done, method, groups) for method in METHODS}
+        points = min(len(curve) for curves in of.values() for curve in curves)
+        found = [mean(curve[points - 1][1] for curve in of[method]) for method in METHODS]
+        tokens = of[FUSED][0][points - 1][0] / 1e6
+        ratios = [f"{kl / found[METHODS.index(NEURONS)]:.1f}" for kl in found]
+        lines.append([str(groups), f"{tokens:.1f}", *(f"{kl:.4f}" for kl in found), *ratios])
+    return f"""
+KL on {CURVE_TOKENS:,} held-out tokens on the way, after as many tokens of the same schedule as all
+have seen:
+
+{markdown(titles, lines)}
+"""
 
 
 def _plot(done: dict[Cell, Any], path: Path) -> None:
@@ -299,16 +345,16 @@ def _plot(done: dict[Cell, Any], path: Path) -> None:
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, count in zip(panels, groups, strict=True):
         for cell, found in done.items():
-            if cell.groups == count:
+            if cell.groups == count and found["curve"]:
                 tokens, values = zip(*found["curve"], strict=True)
-                label = cell.method if cell.seed == 0 else None
                 millions = [number / 1e6 for number in tokens]
-                axes.plot(millions, values, color=COLOURS[cell.method], label=label, linewidth=1)
+                axes.plot(millions, values, color=COLOURS[cell.method], linewidth=1)
         axes.set_title(f"{count} fused experts", fontsize=10)
         axes.set_xlabel("Million tokens", fontsize=9)
         axes.set_yscale("log")
     panels[0].set_ylabel("KL to the teacher, nats per token", fontsize=9)
-    panels[0].legend(fontsize=8, frameon=False)
+    lines = [Line2D([], [], color=COLOURS[method], label=method) for method in METHODS]
+    panels[-1].legend(handles=lines, fontsize=8, frameon=False)
     write_atomically(
         path, lambda file: figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     )

@@ -39,7 +39,7 @@ from streaming_memory import COLOURS, STAGES, Progress, byte_tokenizer, write_wo
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moefuse.artifacts import write_atomically, write_json, write_text
+from moefuse.artifacts import read_json, write_atomically, write_json, write_text
 from moefuse.checkpoint.writer import ShardedWriter
 from moefuse.console import say, track
 from moefuse.evaluation.machine import machine_meta
@@ -50,7 +50,9 @@ WAITING_LIMIT = 0.15
 SAMPLE_SECONDS = 0.05
 KEPT_SAMPLES = 800
 SHARD_BYTES = 2_000_000_000
-DTYPES = {"bf16": torch.bfloat16}
+DTYPES = ("bf16", "fp8")
+BLOCK = 128
+FP8_SETTINGS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
 WORKING = {"float32": 4, "bfloat16": 2, "float16": 2}
 CONFIG = {
     "hidden_size": 7168,
@@ -93,16 +95,17 @@ def write_teacher(directory: Path, experts: int, moe_layers: int, dtype: str) ->
     family = family_of(config.to_dict())
     shape = family.shape(config.to_dict())
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1 << 26, generator=generator).to(DTYPES[dtype])
+    noise = torch.randn(1 << 26, generator=generator).bfloat16()
     numbers = {"teacher": 0, "layer": 0}
     with ShardedWriter(directory, SHARD_BYTES) as writer:
 
         def add(name: str, size: tuple[int, ...], layer: int | None) -> None:
-            tensor = _weights(noise, size, generator)
-            writer.add(name, tensor)
-            numbers["teacher"] += tensor.numel()
+            for stored, tensor in _stored(name, noise, size, generator, dtype):
+                writer.add(stored, tensor)
+            count = torch.Size(size).numel()
+            numbers["teacher"] += count
             if layer == shape.layers[0]:
-                numbers["layer"] += tensor.numel()
+                numbers["layer"] += count
 
         for name, tensor in model.state_dict().items():
             if ".experts." not in name:
@@ -114,9 +117,26 @@ def write_teacher(directory: Path, experts: int, moe_layers: int, dtype: str) ->
                 add(names.up, (shape.intermediate, shape.hidden), layer)
                 add(names.down, (shape.hidden, shape.intermediate), layer)
     config.save_pretrained(directory)
+    if dtype == "fp8":
+        written = read_json(directory / "config.json")
+        settings = {**written, "dtype": "bfloat16", "quantization_config": FP8_SETTINGS}
+        write_json(directory / "config.json", settings)
     byte_tokenizer().save_pretrained(directory)
     numbers["bytes"] = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return numbers
+
+
+def _stored(
+    name: str, noise: Tensor, size: tuple[int, ...], generator: torch.Generator, dtype: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what is stored of one weight: in fp8 every projection, with a scale for each block."""
+    weight = _weights(noise, size, generator)
+    if dtype != "fp8" or not name.endswith("_proj.weight"):
+        yield name, weight
+        return
+    scale = torch.full([-(-length // BLOCK) for length in size], 2.0**-6)
+    yield name, (weight * 2.0**6).to(torch.float8_e4m3fn)
+    yield f"{name}_scale_inv", scale
 
 
 def _weights(noise: Tensor, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -312,7 +332,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=48, help="routed experts, a multiple of 8")
     parser.add_argument("--moe-layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024, help="to calibrate on")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="as stored")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="as stored")
     parser.add_argument("--working", choices=sorted(WORKING), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where to write the checkpoint; it is reused")

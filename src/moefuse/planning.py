@@ -34,7 +34,6 @@ from moefuse.fusion.memory import (
     memory_of,
     running_needs,
     smallest_bytes,
-    teacher_bytes,
 )
 from moefuse.fusion.plan import (
     Estimate,
@@ -140,7 +139,7 @@ def plan_checkpoint(
         plan,
         _expected(headers, family, teacher, plan, values) if plan else None,
         serving,
-        memory_of(plan.bytes if plan else teacher_bytes(teacher), needs, vram),
+        memory_of(plan.bytes if plan else teacher.bytes, needs, vram),
     )
 
 
@@ -197,12 +196,12 @@ def plan_common_sizes(
 
 
 def _fit(teacher: Teacher, vram: int, needs: Needs, size: SizeConfig, factor: FactorConfig) -> Fit:
-    least = min(smallest_bytes(teacher, size, factor), teacher_bytes(teacher))
+    least = min(smallest_bytes(teacher, size, factor), teacher.bytes)
     if least + needs.total > vram:
         return Fit("nothing", None, memory_of(least, needs, vram))
     plan = fit_to_memory(teacher, vram, needs, size, factor)
     if plan is None:
-        return Fit("teacher", None, memory_of(teacher_bytes(teacher), needs, vram))
+        return Fit("teacher", None, memory_of(teacher.bytes, needs, vram))
     return Fit("student", plan, memory_of(plan.bytes, needs, vram))
 
 

@@ -171,7 +171,7 @@ def test_square_brackets_in_a_path_are_no_markup(
     assert "[bold]x" in captured.get()
 
 
-def test_a_quantised_checkpoint_without_plain_experts_is_still_shown(tmp_path: Path) -> None:
+def test_a_checkpoint_in_a_format_that_is_not_read_is_still_shown(tmp_path: Path) -> None:
     config = {
         "model_type": "mixtral",
         "hidden_size": 32,
@@ -179,12 +179,12 @@ def test_a_quantised_checkpoint_without_plain_experts_is_still_shown(tmp_path: P
         "num_hidden_layers": 1,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "quantization_config": {"quant_method": "gptq", "bits": 4},
+        "quantization_config": {"quant_method": "hqq", "bits": 4},
     }
     prefix = MIXTRAL.experts_prefix(0)
     write_layout(tmp_path, config, {f"{prefix}0.w1.qweight": ("F32", (4, 16))}, shards=1)
 
     found = inspect_checkpoint(tmp_path)
 
-    assert found.quantization == "gptq"
+    assert found.quantization == "hqq"
     assert found.parameters == 4 * 3 * 32 * 16

@@ -22,7 +22,6 @@ from moefuse.fusion.memory import (
     memory_of,
     running_needs,
     smallest_bytes,
-    teacher_bytes,
 )
 from moefuse.fusion.plan import Teacher, make_plan
 from moefuse.modeling.modeling_moefuse import fused_classes
@@ -298,7 +297,7 @@ def test_a_student_fits_its_device_and_is_what_the_planner_makes_of_the_rest(
 ) -> None:
     room = vram - NEEDS.total
     least = smallest_bytes(TEACHER, SizeConfig(**size), PLAIN)
-    if teacher_bytes(TEACHER) <= room:
+    if TEACHER.bytes <= room:
         assert fit(vram, **size) is None
         return
     if least > room:
@@ -315,11 +314,11 @@ def test_a_student_fits_its_device_and_is_what_the_planner_makes_of_the_rest(
 
 
 def test_the_teacher_is_left_alone_as_soon_as_it_fits() -> None:
-    enough = teacher_bytes(TEACHER) + NEEDS.total
+    enough = TEACHER.bytes + NEEDS.total
 
-    assert teacher_bytes(TEACHER) == 10_000 + 3 * 8 * 3 * 12 * 10 * 2
+    assert TEACHER.bytes == 10_000 + 3 * 8 * 3 * 12 * 10 * 2
     assert fit(enough) is None
-    assert fit(enough - 1).bytes <= teacher_bytes(TEACHER) - 1
+    assert fit(enough - 1).bytes <= TEACHER.bytes - 1
 
 
 @pytest.mark.parametrize("form", ["low-rank", "neurons"])

@@ -16,16 +16,20 @@ from running import write_jsonl, write_text
 from safetensors.torch import load_file, save_file
 from several import shard
 from tiny import save_tiny, tiny_model
+from transformers import PreTrainedModel
 
 from moefuse import demo
-from moefuse.corpus import load_documents
+from moefuse.config import HealConfig, build
+from moefuse.corpus import Document, load_documents
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_model
 from moefuse.evaluation.metrics import kl_per_token
+from moefuse.families import all_families
 from moefuse.heal import HEALING, heal
+from moefuse.healing.sources import LiveTeacher
 from moefuse.healing.teach import teach
 from moefuse.healing.text import pack
-from moefuse.healing.trainer import COMPLETE, check_attention, figures, last_complete
+from moefuse.healing.trainer import COMPLETE, check_attention, figures, last_complete, train
 from moefuse.healing.trainer import remove_incomplete as sweep
 from moefuse.pipeline import fuse
 
@@ -247,3 +251,33 @@ def test_the_log_has_no_times_and_one_order() -> None:
         [("loss", 0.5), ("step", 1)],
         [("eval_loss", 1.0), ("step", 1)],
     ]
+
+
+# Going on from a checkpoint.
+
+
+@pytest.mark.parametrize("model_type", sorted(all_families()))
+def test_goes_on_from_a_checkpoint_whatever_a_family_calls_its_weights(
+    model_type: str, tmp_path: Path
+) -> None:
+    """On the hub some families' weights have other names than in memory, and experts lie apart."""
+    values = {"tokens": "192", "sequence_length": 16, "batch_size": 4, "save_steps": 2}
+    options = build(HealConfig, values)
+    documents = [
+        Document("".join(chr(97 + (7 * n + k) % 26) for k in range(80)), None, str(n))
+        for n in range(9)
+    ]
+    save_tiny(tmp_path / "teacher", model_type)
+    teacher, tokenizer = load_model(tmp_path / "teacher", dtype="float32", device="cpu")
+    text = pack(documents, tokenizer, 16, tokens=192, seed=0)
+
+    def trained() -> PreTrainedModel:
+        student = tiny_model(model_type, seed=1)
+        given = (student, LiveTeacher(teacher), text, all_families()[model_type], options)
+        train(*given, directory=tmp_path / "training", seed=0, device="cpu", mixed=False)
+        return student
+
+    whole = trained().state_dict()
+    assert last_complete(tmp_path / "training") is not None
+    again = trained().state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from huggingface_hub.errors import (
 )
 
 from moefuse.artifacts import read_json
+from moefuse.checkpoint.formats import as_plain
+from moefuse.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
 from moefuse.errors import UserError
 
 CONFIG = "config.json"
@@ -39,59 +41,10 @@ SINGLE = "model.safetensors"
 # The limit that the safetensors library itself sets.
 MAX_HEADER_BYTES = 100_000_000
 
-DTYPE_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-}
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # HTTPError is a lost connection, OSError a missing cache entry, ValueError a malformed hub id.
 HUB_ERRORS = (HfHubHTTPError, HTTPError, OSError, ValueError)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a checkpoint, without its numbers."""
-
-    name: str
-    dtype: str
-    """The safetensors name: ``"BF16"``, ``"F8_E4M3"``, ..."""
-    shape: tuple[int, ...]
-    shard: str
-    """File name, relative to the checkpoint."""
-    begin: int = field(default=0, compare=False)
-    """Where its bytes begin in the shard; 0 where only the hub's headers are known."""
-
-    @property
-    def numel(self) -> int:
-        """How many numbers the tensor has."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes it takes in its shard."""
-        return self.numel * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -101,12 +54,12 @@ class CheckpointHeaders:
     source: str
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    """Every tensor by name, in alphabetical order."""
+    """Every tensor by name, in alphabetical order; quantised ones as what they stand for."""
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors; headers are not counted."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Stored bytes of all tensors; headers are not counted."""
+        return sum(tensor.stored_bytes for tensor in self.tensors.values())
 
 
 def read_headers(source: str | Path, *, revision: str | None = None) -> CheckpointHeaders:
@@ -159,7 +112,9 @@ def local_headers(source: str, directory: Path) -> CheckpointHeaders:
     index = directory / INDEX
     if index.is_file():
         _match_index(index, read_weight_map(index), tensors)
-    return CheckpointHeaders(source, config, dict(sorted(tensors.items())))
+    return CheckpointHeaders(
+        source, config, dict(sorted(as_plain(source, config, tensors).items()))
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -389,7 +344,9 @@ def _hub_headers(source: str, revision: str | None) -> CheckpointHeaders:
             if tensor.dtype not in DTYPE_BITS:
                 raise UserError(f"{name!r} of {source} has the unknown dtype {tensor.dtype!r}.")
             tensors[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape), shard)
-    return CheckpointHeaders(source, read_config(config.parent), dict(sorted(tensors.items())))
+    settings = read_config(config.parent)
+    plain = as_plain(source, settings, tensors)
+    return CheckpointHeaders(source, settings, dict(sorted(plain.items())))
 
 
 def _cached_headers(source: str, revision: str | None, reason: Exception) -> CheckpointHeaders:

@@ -19,8 +19,10 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from moefuse.checkpoint.headers import CheckpointHeaders, TensorInfo, read_headers
+from moefuse.checkpoint.formats import format_of
+from moefuse.checkpoint.headers import CheckpointHeaders, read_headers
 from moefuse.checkpoint.promises import check_experts, quantization_method
+from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.families import Family, MoeShape, family_of
 from moefuse.families.base import optional
 
@@ -82,6 +84,8 @@ class Inspection:
     dtypes: dict[str, int]
     """Bytes stored in each dtype, the largest first."""
     quantization: str | None
+    quantized_bits: float | None
+    """Stored bits of a quantised number, scales included; None where none is, or not known how."""
     context: int | None
     """Longest input in tokens."""
     rope: str | None
@@ -102,7 +106,7 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> In
     config = headers.config
     family = family_of(config)
     shape = family.shape(config)
-    if quantization_method(config) is None:
+    if quantization_method(config) is None or format_of(config) is not None:
         check_experts(headers, family, shape)
     parts = _parts(headers, family, shape)
     loaded = [part for part in parts if part.name != UNUSED]
@@ -126,6 +130,7 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> In
         bytes=sum(part.bytes for part in loaded),
         dtypes=_bytes_by_dtype(headers),
         quantization=quantization_method(config),
+        quantized_bits=_quantized_bits(headers),
         context=optional(config, "max_position_embeddings", 0) or None,
         rope=_rope(config),
         costs=fusion_costs(total - routed, shape),
@@ -166,7 +171,7 @@ def _parts(headers: CheckpointHeaders, family: Family, shape: MoeShape) -> tuple
     sparse = frozenset(shape.layers)
     for tensor in headers.tensors.values():
         part = _part_of(tensor.name, family, layers, sparse)
-        stored[part] += tensor.nbytes
+        stored[part] += tensor.stored_bytes
         parameters[part] += _parameters(tensor)
     # Packed formats hide the count; the sizes that the configuration promises do not.
     parameters[ROUTED] = len(shape.layers) * shape.experts * _expert_parameters(shape)
@@ -199,10 +204,25 @@ def _part_of(name: str, family: Family, layers: int, sparse: frozenset[int]) -> 
     return next((part for start, part in starts.items() if child.startswith(start)), OTHER)
 
 
+def _quantized_bits(headers: CheckpointHeaders) -> float | None:
+    quantised = [tensor for tensor in headers.tensors.values() if tensor.parts]
+    numbers = sum(tensor.numel for tensor in quantised)
+    return 8 * sum(tensor.stored_bytes for tensor in quantised) / numbers if numbers else None
+
+
+def _quantization(inspection: Inspection) -> str:
+    if inspection.quantization is None:
+        return "none"
+    bits = inspection.quantized_bits
+    told = "not read by moefuse" if bits is None else f"{bits:.2f} bits a number"
+    return f"{inspection.quantization}, {told}"
+
+
 def _bytes_by_dtype(headers: CheckpointHeaders) -> dict[str, int]:
     counted: Counter[str] = Counter()
     for tensor in headers.tensors.values():
-        counted[tensor.dtype] += tensor.nbytes
+        for part in tensor.stored:
+            counted[part.dtype] += part.nbytes
     return dict(counted.most_common())
 
 
@@ -240,7 +260,7 @@ def _facts(inspection: Inspection) -> Table:
         f"{inspection.shared_experts} shared",
         "Widths": f"hidden {inspection.hidden}, expert {inspection.intermediate}",
         "Stored as": ", ".join(dtypes),
-        "Quantisation": inspection.quantization or "none",
+        "Quantisation": _quantization(inspection),
         "Context": context + (f" ({inspection.rope})" if inspection.rope else ""),
     }
     for label, value in rows.items():

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from moefuse.checkpoint.headers import CheckpointHeaders, TensorInfo
+from moefuse.checkpoint.formats import known_formats, settings_of
+from moefuse.checkpoint.headers import CheckpointHeaders
+from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape
 
@@ -44,8 +46,8 @@ def _missing_expert(headers: CheckpointHeaders, family: Family, name: str) -> Us
     method = quantization_method(headers.config)
     if method:
         return UserError(
-            f"{headers.source} is quantised with {method} and lacks the plain tensor {name!r}; "
-            "start from the checkpoint that was not quantised."
+            f"{headers.source} is quantised with {method} and lacks the tensor {name!r}; moefuse "
+            f"reads {known_formats()}. Start from the checkpoint that was not quantised."
         )
     return UserError(
         f"{headers.source} lacks the tensor {name!r}, which its config.json promises; check "
@@ -64,8 +66,8 @@ def _misshapen_expert(
 
 def quantization_method(config: dict[str, Any]) -> str | None:
     """Return the method that ``quantization_config`` names, or None where there is none."""
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict):
+    settings = settings_of(config)
+    if settings is None:
         return None
     return str(settings.get("quant_method", "an unnamed method"))
 
@@ -79,5 +81,5 @@ def check_plain_floats(headers: CheckpointHeaders) -> None:
             how = f" with {method}" if method else ""
             raise UserError(
                 f"{headers.source} is quantised{how}: {tensor.name!r} is stored as {tensor.dtype}; "
-                "convert the checkpoint to bfloat16 first."
+                f"moefuse reads {known_formats()}. Convert the checkpoint to bfloat16 first."
             )

@@ -8,7 +8,8 @@ What is about to be copied out is read by a thread first (see ``read_ahead``), a
 it too where somebody says what that is.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moefuse import artifacts
+from moefuse.checkpoint.formats import format_of, settings_of
 from moefuse.checkpoint.headers import (
     CARD,
     CONFIG,
@@ -42,6 +44,8 @@ from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families, family_of
 
 MAPPED_BYTES = 64_000_000
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""What a quantised weight may be meant to be, by safetensors' name."""
 CHECKED_AT_ONCE = 1 << 24
 SAMPLED_BYTES = 4096
 
@@ -71,14 +75,12 @@ class CheckpointReader:
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        allow_quantized: bool = False,
     ) -> "CheckpointReader":
         """Open a local directory or a hub id and check everything that headers can tell.
 
         A hub id is downloaded first: safetensors, JSON and tokenizer files, never pickles.
-        ``trust_remote_code`` is only the user's consent; nothing is imported here. Without
-        ``allow_quantized`` a checkpoint in fp8, or any other format that is no plain float, is
-        refused, because its numbers mean nothing without their scales.
+        ``trust_remote_code`` is only the user's consent; nothing is imported here. Quantised
+        weights of a known format (see ``formats``) are read as the plain ones they stand for.
 
         Raises ``UserError`` for whatever is wrong with the checkpoint.
         """
@@ -89,12 +91,14 @@ class CheckpointReader:
         headers = local_headers(str(source), directory)
         shape = family.shape(headers.config)
         check_experts(headers, family, shape)
-        if not allow_quantized:
-            check_plain_floats(headers)
+        check_plain_floats(headers)
         return cls(headers.source, directory, headers.config, headers.tensors, family, shape)
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor by its checkpoint name: on the CPU, in the stored dtype, a copy."""
+        """Return one tensor by its checkpoint name: on the CPU, in the stored dtype, a copy.
+
+        A quantised one comes in the dtype that the model is meant to be in.
+        """
         found: dict[str, Tensor] = {}
         self._visit([name], lambda name, mapped: found.update({name: mapped.clone()}))
         return found[name]
@@ -151,7 +155,7 @@ class CheckpointReader:
             *self._in_order(own if outside else []),
             *self._in_order(routed if experts else []),
         ]
-        self._ahead.start([self._range(name) for name in names])
+        self._ahead.start(self._ranges(names))
 
     @property
     def waited_seconds(self) -> float:
@@ -169,16 +173,16 @@ class CheckpointReader:
     def check_finite(self) -> None:
         """Read every tensor once; raises ``UserError`` naming the first with NaN or infinity."""
 
-        def check(name: str, mapped: Tensor) -> None:
-            if not is_finite(mapped):
+        def check(name: str, stored: list[Tensor]) -> None:
+            if not all(map(is_finite, stored)):
                 raise UserError(
                     f"The tensor {name!r} in {self.directory / self.tensors[name].shard} holds NaN "
                     "or infinity, so nothing sound can come of it; download the checkpoint again."
                 )
 
-        self._ahead.start([self._range(name) for name in self.tensors])
+        self._ahead.start(self._ranges(self.tensors))
         for name in track(self.tensors, "Checking weights"):
-            self._visit([name], check)
+            self._visit([name], check, _as_stored)
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that tell this checkpoint from others, wherever it lies.
@@ -207,14 +211,15 @@ class CheckpointReader:
     def _ahead(self) -> ReadAhead:
         return ReadAhead()
 
-    def _range(self, name: str) -> Range:
-        tensor = self.tensors[name]
-        return Range(name, self._paths[tensor.shard], tensor.begin, tensor.nbytes)
+    def _ranges(self, names: Iterable[str]) -> list[Range]:
+        """Return where the bytes of tensors lie, in the order of ``names``."""
+        stored = [part for name in names for part in self.tensors[name].stored]
+        return [Range(p.name, self._paths[p.shard], p.begin, p.nbytes) for p in stored]
 
     @cached_property
     def _paths(self) -> dict[str, Path]:
         """The path of every shard; following links for each tensor anew would take seconds."""
-        shards = {tensor.shard for tensor in self.tensors.values()}
+        shards = {part.shard for tensor in self.tensors.values() for part in tensor.stored}
         return {shard: contained_path(self.directory, shard) for shard in shards}
 
     def _names(self, layer: int) -> tuple[list[str], list[str]]:
@@ -229,31 +234,58 @@ class CheckpointReader:
         """Sort names by where their bytes lie."""
         return sorted(names, key=lambda name: (self.tensors[name].shard, self.tensors[name].begin))
 
-    def _visit(self, names: list[str], take: Callable[[str, Tensor], object]) -> None:
-        """Call ``take(name, tensor)`` for each name; the tensor is a view of the mapped shard.
+    def _visit(
+        self,
+        names: list[str],
+        take: Callable[[str, Any], object],
+        make: "Callable[[TensorInfo, Mapping[str, Any]], Any] | None" = None,
+    ) -> None:
+        """Call ``take(name, tensor)`` for each name; plain tensors are views of the mapped shard.
 
-        A callback and not a generator, so that no suspended frame keeps a shard mapped.
+        ``make(tensor, files)`` gets them out of open files, by default as ``_plain`` does. A
+        callback and not a generator, so that no suspended frame keeps a shard mapped.
         """
         if len(names) > 1:
-            self._ahead.start([self._range(name) for name in self._in_order(names)])
-        for shard, batch in self._batches(names):
-            self._ahead.wait_for(batch)
-            with safe_open(self._paths[shard], framework="pt") as file:
+            self._ahead.start(self._ranges(self._in_order(names)))
+        for shards, batch in self._batches(names):
+            self._ahead.wait_for([entry.name for entry in self._ranges(batch)])
+            with ExitStack() as open_files:
+                files = {
+                    shard: open_files.enter_context(safe_open(self._paths[shard], framework="pt"))
+                    for shard in shards
+                }
                 for name in batch:
-                    take(name, file.get_tensor(name))
+                    take(name, (make or self._plain)(self.tensors[name], files))
 
-    def _batches(self, names: list[str]) -> Iterator[tuple[str, list[str]]]:
-        """Split names into runs of one shard and at most ``MAPPED_BYTES`` (or one tensor)."""
-        shard, batch, held = "", [], 0
+    def _plain(self, tensor: TensorInfo, files: Mapping[str, Any]) -> Tensor:
+        """Return a tensor out of open files, made of its parts if it is quantised."""
+        if not tensor.parts:
+            return files[tensor.shard].get_tensor(tensor.name)
+        found = format_of(self.config)
+        assert found is not None
+        parts = {end: files[part.shard].get_tensor(part.name) for end, part in tensor.parts}
+        weight = found.unpack(parts, settings_of(self.config) or {}, tensor.shape)
+        return weight.to(DTYPES[tensor.dtype])
+
+    def _batches(self, names: list[str]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+        """Split names into runs of the same shards and at most ``MAPPED_BYTES`` (or one tensor)."""
+        shards: tuple[str, ...] = ()
+        batch: list[str] = []
+        held = 0
         for tensor in (self.tensors[name] for name in self._in_order(names)):
-            if batch and (tensor.shard != shard or held + tensor.nbytes > MAPPED_BYTES):
-                yield shard, batch
+            lies_in = tuple(sorted({part.shard for part in tensor.stored}))
+            if batch and (lies_in != shards or held + tensor.stored_bytes > MAPPED_BYTES):
+                yield shards, batch
                 batch, held = [], 0
-            shard = tensor.shard
+            shards = lies_in
             batch.append(tensor.name)
-            held += tensor.nbytes
+            held += tensor.stored_bytes
         if batch:
-            yield shard, batch
+            yield shards, batch
+
+
+def _as_stored(tensor: TensorInfo, files: Mapping[str, Any]) -> list[Tensor]:
+    return [files[part.shard].get_tensor(part.name) for part in tensor.stored]
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -325,7 +357,7 @@ def fingerprint_of(
     of each shard: fine-tuned siblings differ in nothing else.
     """
     layout = [[t.name, t.dtype, list(t.shape), t.shard] for t in tensors.values()]
-    shards = sorted({tensor.shard for tensor in tensors.values()})
+    shards = sorted({part.shard for tensor in tensors.values() for part in tensor.stored})
     samples = [_sample(directory / shard) for shard in shards]
     return artifacts.fingerprint([config, layout, samples])
 

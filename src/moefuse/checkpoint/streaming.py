@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.checkpoint.reader import DTYPES, CheckpointReader
 from moefuse.errors import UserError
 from moefuse.mathematics.experts import ExpertsCall
 
@@ -187,6 +187,19 @@ class StreamedTeacher:
         finally:
             head.to("meta")
 
+    def whole(self) -> PreTrainedModel:
+        """Read all weights and return the model, which is no longer streamed."""
+        for layer, module in enumerate(self.layers):
+            self.reader.read_ahead(layer)
+            module.load_state_dict(self._layer_state(layer), strict=True, assign=True)
+        model: Any = self.model
+        for module in (model.base_model.norm, model.get_output_embeddings()):
+            module.load_state_dict(self._outside_state(module), strict=True, assign=True)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.tie_weights()
+        return model.requires_grad_(True)
+
     def _outside_state(self, module: nn.Module) -> dict[str, Tensor]:
         """Read a module under no decoder layer; tied embeddings where it is not stored."""
         family, reader = self.reader.family, self.reader
@@ -238,6 +251,19 @@ class StreamedTeacher:
             yield
         finally:
             handle.remove()
+
+
+def whole_model(
+    reader: CheckpointReader, *, device: str, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Return the whole model of a checkpoint, in evaluation mode, each weight read once.
+
+    For quantised checkpoints, which Transformers' own loading leaves quantised or cannot read on
+    every device. ``dtype`` is by default that of the experts once plain.
+    """
+    first = reader.family.expert_names(reader.shape.layers[0], 0).gate
+    dtype = dtype or DTYPES[reader.tensors[first].dtype]
+    return StreamedTeacher(reader, device=device, dtype=dtype).whole()
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from moefuse.checkpoint.formats import format_of
 from moefuse.checkpoint.headers import (
     HUB_ERRORS,
     CheckpointHeaders,
@@ -22,6 +23,8 @@ from moefuse.checkpoint.headers import (
     read_config,
     read_headers,
 )
+from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.checkpoint.streaming import whole_model
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families
 from moefuse.modeling import FusedExperts, is_fused, load_fused, register_fused
@@ -42,12 +45,17 @@ def load_model(
 
     ``path`` is a checkpoint directory or a hub id; ``dtype`` is ``float32``, ``bfloat16``,
     ``float16`` or, by default, as stored. A checkpoint that moefuse wrote is loaded through
-    moefuse's own classes; code that another checkpoint brings along runs only with
-    ``trust_remote_code``. Raises ``UserError`` for what is no sound model or no usable device.
+    moefuse's own classes; a quantised one of a known format by moefuse's own reader, as the plain
+    model; code that another checkpoint brings along runs only with ``trust_remote_code``. Raises
+    ``UserError`` for what is no sound model or no usable device.
     """
     _check(dtype, device)
     directory = checkpoint_directory(path)
     config = read_headers(directory).config
+    if format_of(config) is not None:
+        working = getattr(torch, dtype) if dtype and dtype != "auto" else None
+        model = whole_model(CheckpointReader.open(directory), device=device, dtype=working)
+        return model, load_tokenizer(path, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
     if not is_fused(config):
         options["trust_remote_code"] = trust_remote_code
@@ -182,7 +190,7 @@ def expert_bytes(headers: CheckpointHeaders) -> int | None:
             f"{family.moe_path(layer)}.{family.experts_name}.",
         )
     )
-    return sum(info.nbytes for name, info in headers.tensors.items() if name.startswith(prefixes))
+    return sum(t.stored_bytes for name, t in headers.tensors.items() if name.startswith(prefixes))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -201,7 +201,7 @@ def fit_to_memory(
     """
     room = vram - needs.total
     least = smallest_bytes(teacher, size, factor)
-    if teacher_bytes(teacher) <= room:
+    if teacher.bytes <= room:
         return None
     if least > room:
         raise UserError(_too_small(teacher, least, vram, needs))
@@ -217,11 +217,6 @@ def smallest_bytes(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> 
         return teacher.outside_bytes + least_bytes(teacher.shape, size, teacher.itemsize)
     least = replace(size, groups=size.groups or 1, rank=size.rank or 0)
     return make_plan(teacher, least, factor).bytes
-
-
-def teacher_bytes(teacher: Teacher) -> int:
-    """Return the bytes of the unfused teacher's weights."""
-    return teacher.outside_bytes + teacher.expert_parameters * teacher.itemsize
 
 
 def _too_small(teacher: Teacher, smallest: int, vram: int, needs: Needs) -> str:

@@ -60,7 +60,7 @@ class Teacher:
     """What the planner has to know of a checkpoint; all counts are of the whole model.
 
     ``outside`` counts parameters outside the routed experts, ``itemsize`` is the bytes of one
-    number on disk.
+    number once it is plain, ``stored_bytes`` are those on the disk where these are others.
     """
 
     shape: MoeShape
@@ -69,6 +69,14 @@ class Teacher:
     largest_outside_layer: int
     embedding: int
     itemsize: int
+    stored_bytes: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole teacher on the disk."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
+        return self.outside_bytes + self.expert_parameters * self.itemsize
 
     @property
     def expert_parameters(self) -> int:
@@ -105,6 +113,7 @@ def describe_teacher(
             outside.setdefault(layer, []).append(tensor)
     counted = [tensor for part in outside.values() for tensor in part]
     in_layers = [sum(t.numel for t in part) for layer, part in outside.items() if layer is not None]
+    experts = [tensor for name, tensor in tensors.items() if name.startswith(routed)]
     sample = tensors[family.expert_names(shape.layers[0], 0).gate]
     return Teacher(
         shape=shape,
@@ -113,6 +122,7 @@ def describe_teacher(
         largest_outside_layer=max(in_layers),
         embedding=max(tensor.numel for tensor in outside[None]),
         itemsize=sample.nbytes // sample.numel,
+        stored_bytes=sum(tensor.stored_bytes for tensor in (*counted, *experts)),
     )
 
 
@@ -186,7 +196,7 @@ def counted(
         expert_parameters=experts,
         expert_bytes=expert_bytes,
         teacher_parameters=teacher.parameters,
-        teacher_bytes=teacher.outside_bytes + teacher.expert_parameters * teacher.itemsize,
+        teacher_bytes=teacher.bytes,
         energy_lost=energy_lost,
         neurons_kept=kept_share(shape, layers),
         mean_bits=mean_bits(layers, teacher.itemsize),

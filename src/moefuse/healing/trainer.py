@@ -116,6 +116,18 @@ class HealingTrainer(Trainer):
             return self.source, self.options
         return NoTeacher(), replace(self.options, forward_kl=0.0, cross_entropy=1.0)
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Save the weights under the names that they have in memory.
+
+        Under the names that a family has on the hub, its experts each by themselves, what is
+        trained would not be found again by the Trainer, which goes on without a word.
+        """
+        assert output_dir is not None
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as always, then mark the checkpoint as whole."""
         super()._save_checkpoint(model, trial)
