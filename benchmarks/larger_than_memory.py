@@ -28,14 +28,21 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from streaming_memory import COLOURS, STAGES, Progress, byte_tokenizer, write_words
+from streaming_memory import (
+    COLOURS,
+    STAGES,
+    Progress,
+    byte_tokenizer,
+    stage_seconds,
+    thinned,
+    write_words,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,7 +55,6 @@ from moefuse.families import family_of
 LIMIT = 1.3
 WAITING_LIMIT = 0.15
 SAMPLE_SECONDS = 0.05
-KEPT_SAMPLES = 800
 SHARD_BYTES = 2_000_000_000
 DTYPES = ("bf16", "fp8")
 BLOCK = 128
@@ -212,15 +218,6 @@ def anonymous_bytes(process: int) -> int | None:
     return found[0] if found else None
 
 
-def thinned(samples: list[Sample]) -> Iterator[Sample]:
-    """Keep the highest of every run of samples, and with it every peak."""
-    width = max(1, len(samples) // KEPT_SAMPLES)
-    for stage in STAGES:
-        of_stage = [sample for sample in samples if sample.stage == stage]
-        for begin in range(0, len(of_stage), width):
-            yield max(of_stage[begin : begin + width], key=lambda s: s.anonymous)
-
-
 def batch_bytes(itemsize: int) -> int:
     """Return what one batch takes: entering and leaving a layer, and in the chosen experts."""
     tokens = SETTINGS["sequence-length"] * SETTINGS["batch-size"]
@@ -304,14 +301,6 @@ def plot(meta: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     )
 
 
-def stage_seconds(samples: list[Sample]) -> dict[str, float]:
-    """Return the wall time of every stage."""
-    spent = dict.fromkeys(STAGES, 0.0)
-    for before, after in pairwise(samples):
-        spent[before.stage] += after.seconds - before.seconds
-    return spent
-
-
 def fuse(folder: Path, given: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
     """Fuse the checkpoint in ``folder`` in a process of its own."""
     write_words(folder / "text.txt")
@@ -388,7 +377,8 @@ def report(
         stage_seconds={name: round(spent, 1) for name, spent in stage_seconds(samples).items()},
         plot=f"{kind}-{given.dtype}.png",
     )
-    rows = [asdict(sample) | {"seconds": round(sample.seconds, 2)} for sample in thinned(samples)]
+    kept = thinned(samples, lambda sample: sample.anonymous)
+    rows = [asdict(sample) | {"seconds": round(sample.seconds, 2)} for sample in kept]
     write_json(given.out / f"{kind}-{given.dtype}.json", {"meta": meta, "rows": rows})
     write_text(given.out / f"{kind}-{given.dtype}.md", render(meta, rows))
     plot(meta, rows, given.out / meta["plot"])

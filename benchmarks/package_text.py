@@ -7,30 +7,23 @@ teacher learnt from. Files named as a held-out module are left out, whatever pac
 ``python benchmarks/package_text.py OUT.jsonl --megabytes 100`` writes it as JSONL.
 """
 
-import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from stdlib_text import stdlib_sources
 from transformers import AutoTokenizer
 
 from moefuse import demo
-from moefuse.demo.teacher_data import (
-    HELDOUT_MODULES,
-    is_heldout,
-    read_sources,
-    shipped_texts,
-    write_lines,
-)
+from moefuse.demo.teacher_data import HELDOUT_MODULES, read_sources, shipped_texts, write_lines
 
 PACKAGES = ("torch", "transformers", "scipy", "numpy", "sympy", "networkx", "matplotlib")
 
 
 def package_sources() -> dict[str, str]:
     """Return the sources, by path; of equal texts one."""
-    stdlib = read_sources(Path(sysconfig.get_paths()["stdlib"]))
-    found = {path: text for path, text in stdlib.items() if not is_heldout(path)}
+    found = stdlib_sources()
     for package in PACKAGES:
         spec = find_spec(package)
         assert spec is not None and spec.submodule_search_locations

@@ -11,17 +11,15 @@ import sysconfig
 from pathlib import Path
 
 from moefuse.artifacts import write_text
-from moefuse.corpus import Document
 from moefuse.demo.teacher_data import is_heldout, read_sources
 
 
-def stdlib_text() -> list[Document]:
-    """Return the standard library's sources, without the modules that held-out text is from."""
+def stdlib_sources() -> dict[str, str]:
+    """Return the standard library's sources by path, without what held-out text is from."""
     sources = read_sources(Path(sysconfig.get_paths()["stdlib"]))
-    kept = {path: text for path, text in sources.items() if not is_heldout(path)}
-    return [Document(text, None, path) for path, text in kept.items()]
+    return {path: text for path, text in sources.items() if not is_heldout(path)}
 
 
 if __name__ == "__main__":
-    lines = [json.dumps({"text": document.text}) for document in stdlib_text()]
+    lines = [json.dumps({"text": text}) for text in stdlib_sources().values()]
     write_text(Path(sys.argv[1]), "\n".join(lines) + "\n")

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -190,17 +190,17 @@ def run(command: list[str], progress: Progress) -> tuple[list[Sample], dict[str,
     return samples, json.loads(printed[0])
 
 
-def thinned(samples: list[Sample]) -> Iterator[Sample]:
-    """Keep the highest of every run of samples of one stage, and with it every peak."""
+def thinned(samples: list[Any], held: Callable[[Any], int]) -> Iterator[Any]:
+    """Keep of every run of samples of one stage the one that held most, and so every peak."""
     width = max(1, len(samples) // KEPT_SAMPLES)
     for stage in STAGES:
         of_stage = [sample for sample in samples if sample.stage == stage]
         for begin in range(0, len(of_stage), width):
-            yield max(of_stage[begin : begin + width], key=lambda s: s.resident_bytes)
+            yield max(of_stage[begin : begin + width], key=held)
 
 
-def stage_seconds(samples: list[Sample]) -> dict[str, float]:
-    """Return the wall time of every stage."""
+def stage_seconds(samples: list[Any]) -> dict[str, float]:
+    """Return the wall time of every stage; samples have ``stage`` and ``seconds``."""
     spent = dict.fromkeys(STAGES, 0.0)
     for before, after in pairwise(samples):
         spent[before.stage] += after.seconds - before.seconds
@@ -321,7 +321,8 @@ def main() -> None:
         seconds=round(samples[-1].seconds, 1),
         stage_seconds={name: round(spent, 1) for name, spent in stage_seconds(samples).items()},
     )
-    rows = [vars(sample) | {"seconds": round(sample.seconds, 2)} for sample in thinned(samples)]
+    kept = thinned(samples, lambda sample: sample.resident_bytes)
+    rows = [vars(sample) | {"seconds": round(sample.seconds, 2)} for sample in kept]
     options.results.mkdir(parents=True, exist_ok=True)
     write_json(options.results / "streaming_memory.json", {"meta": meta, "rows": rows})
     write_text(options.results / "streaming_memory.md", table(meta, rows))

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from moefuse.checkpoint.inspection import Inspection, inspect_checkpoint
 from moefuse.evaluation.loading import load_model
 from moefuse.evaluation.run import EvaluationReport, evaluate_command
+from moefuse.launch.fuse import fuse as run_fuse
 from moefuse.pipeline import FuseResult, Job
-from moefuse.pipeline import fuse as run_fuse
 from moefuse.places import check_output
 from moefuse.planning import Planned, plan_checkpoint
 
@@ -34,8 +34,8 @@ def plan(checkpoint: str | Path, *, revision: str | None = None, **settings: Any
 def fuse(checkpoint: str | Path, out: str | Path, **settings: Any) -> FuseResult:
     """Do the whole job and write the student to the directory ``out``.
 
-    Besides settings of the stages takes ``work``, ``resume``, ``overwrite``, ``revision`` and
-    ``trust_remote_code`` (see ``moefuse.pipeline.fuse``).
+    Besides settings of the stages and of ``LaunchConfig`` takes ``work``, ``resume``,
+    ``overwrite``, ``revision`` and ``trust_remote_code`` (see ``moefuse.pipeline.fuse``).
     """
     names = ("work", "resume", "overwrite", "revision", "trust_remote_code")
     options = {name: settings.pop(name) for name in names if name in settings}

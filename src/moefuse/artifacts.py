@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 
@@ -131,6 +133,24 @@ def finish_directory(partial: Path, path: Path) -> None:
     partial.replace(path)
     _flush(path.parent)
     remove_replaced(path)
+
+
+@contextmanager
+def filled_apart(path: Path) -> Iterator[Path]:
+    """Give an empty directory that nobody else has; its files then appear beside ``path``.
+
+    They are moved in the order of their names, so that a ``.json`` is there before the
+    ``.safetensors`` that it tells of. Should filling it fail, nothing appears.
+    """
+    apart = path.with_name(f"{path.name}-{uuid4().hex}{TEMPORARY_SUFFIX}")
+    apart.mkdir(parents=True)
+    try:
+        yield apart
+        for made in sorted(apart.iterdir()):
+            made.replace(path.with_name(made.name))
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(apart, ignore_errors=True)
 
 
 def remove_replaced(path: Path) -> None:

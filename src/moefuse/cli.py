@@ -26,6 +26,7 @@ from moefuse.config import (
     FactorConfig,
     GroupConfig,
     HealConfig,
+    LaunchConfig,
     MeasureConfig,
     MemoryConfig,
     SizeConfig,
@@ -194,7 +195,7 @@ def plan(
 
 
 @app.command()
-@with_settings(*ALL_STAGES)
+@with_settings(*ALL_STAGES, LaunchConfig)
 def fuse(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="Directory of the fused checkpoint.")],
@@ -212,7 +213,7 @@ def fuse(
     json_: Json = False,
 ) -> None:
     """Do the whole job: calibrate, group, factor, distil and write the student."""
-    from moefuse.pipeline import fuse as run
+    from moefuse.launch.fuse import fuse as run
     from moefuse.planning import render_result
 
     result = run(

@@ -298,6 +298,45 @@ class MeasureConfig:
     )
 
 
+LAUNCHES = ("here", "ray")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Where layers that need nothing of each other are made."""
+
+    launch: str = setting(
+        "here",
+        "Where layers are made: here, one after another in this process; ray, as tasks of a Ray "
+        "cluster, whose machines must all see the checkpoint and --work under the same path.",
+        choices=LAUNCHES,
+    )
+    ray_address: str | None = setting(
+        None,
+        "Address of the Ray cluster, such as 10.0.0.1:6379; without, the one that RAY_ADDRESS or "
+        "'ray start' on this machine names, else one of this machine alone.",
+    )
+    ray_cpus: int | None = setting(
+        None,
+        "CPUs and threads of a task; without, the threads that this process would compute on.",
+        at_least=1,
+    )
+    ray_memory: str | None = setting(
+        None, "Memory of a task, such as 20GB; without, the plan's estimate."
+    )
+    ray_retries: int = setting(
+        3, "How often a layer is begun again after its process or machine died.", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.ray_memory is not None:
+            parse_bytes(self.ray_memory, "--ray-memory")
+        for declared in dataclasses.fields(self):
+            given = getattr(self, declared.name) != declared.default
+            if given and self.launch != "ray":
+                raise UserError(f"{flag_of(declared.name)} is for Ray; add --launch ray.")
+
+
 TRAINED = ("all", "experts", "deltas")
 
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -101,11 +101,43 @@ OWN_ENTRIES = (
 )
 
 
+class Elsewhere(Protocol):
+    """What makes layers somewhere else than in this process (see ``launch``)."""
+
+    def check(self, job: "Job") -> None:
+        """Raise ``UserError`` where it cannot do this job, before any work."""
+
+    def make(self, job: "Job", name: str, layers: list[int]) -> None:
+        """Have ``Job.make_apart(name, layer)`` done for each of the layers."""
+
+
+@dataclass(frozen=True)
+class LayerStage:
+    """A stage whose layers need nothing of each other: where they lie, and what makes one."""
+
+    directory: Path
+    suffix: str
+    description: str | None
+    make: Callable[[int, Path], None]
+
+    def path(self, layer: int) -> Path:
+        """Return where a layer's artifact is, or will be."""
+        return self.directory / layer_file(layer, self.suffix)
+
+
+def layer_file(layer: int, suffix: str) -> str:
+    """Return the name of a layer's artifact."""
+    return f"layer-{layer:03d}.{suffix}"
+
+
 class Job(JobInputs):
     """One student of one teacher: its settings, its artifacts and the stages that make it.
 
-    Nothing expensive happens before a stage is called.
+    Nothing expensive happens before a stage is called. With ``elsewhere`` layers that need nothing
+    of each other are made there.
     """
+
+    elsewhere: Elsewhere | None = None
 
     @cached_property
     def settled(self) -> tuple[dict[int, Tensor], Plan]:
@@ -278,35 +310,63 @@ class Job(JobInputs):
 
     def group(self) -> None:
         """Choose which experts of each layer share a base, or measure what neurons are worth."""
-        if self.uses_neurons:
-            self._measure_energies()
-            return
-        for layer, path in self._todo(self.groups_directory, "json", "Group"):
-            needed = self.grouping.grouping in BY_WEIGHTS
-            groups = group_layer(
-                self._calibrated(layer),
-                self.experts(layer) if needed else None,
-                self.plan.layers[layer].groups,
-                self.grouping.grouping,
-            )
-            artifacts.write_json(path, groups.tolist())
-
-    def _measure_energies(self) -> None:
-        for layer, path in self._todo(self.energies_directory, "safetensors", "Weigh neurons"):
-            self._calibrated(layer)
-            with self.suited_threads():
-                call = self.store.sample(layer, self.factoring.fit_tokens).to(self.device)
-                energy_EF = importance(self.experts(layer), call, self.metric(layer)) / len(
-                    call.x_TD
-                )
-            artifacts.write_tensors(path, {"energy_EF": energy_EF})
+        self._make_layers("group")
 
     def factor(self) -> None:
         """Split each layer's experts into bases and deltas in closed form."""
-        for layer, path in self._todo(self.factors_directory, "safetensors", "Factor"):
-            # In a call of its own, so that no layer is left in memory when the next is read.
-            with self.suited_threads():
-                self._factor(layer, path)
+        self._make_layers("factor")
+
+    def layer_stage(self, name: str) -> LayerStage:
+        """Return the stage that makes layers one by one: ``group``, ``factor`` or ``distill``."""
+        if name == "group" and self.uses_neurons:
+            return LayerStage(
+                self.energies_directory, "safetensors", "Weigh neurons", self._weigh_neurons
+            )
+        if name == "group":
+            return LayerStage(self.groups_directory, "json", "Group", self._group)
+        if name == "factor":
+            return LayerStage(self.factors_directory, "safetensors", "Factor", self._factor)
+        return LayerStage(self.distilled_directory, "safetensors", None, self._distill_alone)
+
+    def _make_layers(self, name: str) -> None:
+        """Make whatever layers of a stage are not there yet, here or elsewhere."""
+        stage = self.layer_stage(name)
+        if self.elsewhere is None:
+            for layer, path in self._todo(stage.directory, stage.suffix, stage.description):
+                # In a call of its own, so that no layer is in memory when the next is read.
+                with self.suited_threads():
+                    stage.make(layer, path)
+            return
+        todo = [layer for layer, _ in self._todo(stage.directory, stage.suffix, None)]
+        if todo:
+            self.elsewhere.make(self, name, todo)
+
+    def make_apart(self, name: str, layer: int) -> None:
+        """Make one layer of a stage beside other processes that make layers of the same job.
+
+        Its files are written to a directory of their own and then moved to their places: a process
+        that was given up and still lives never writes into what another one makes in its stead.
+        """
+        stage = self.layer_stage(name)
+        path = stage.path(layer)
+        with artifacts.filled_apart(path) as apart, self.suited_threads():
+            stage.make(layer, apart / path.name)
+
+    def _group(self, layer: int, path: Path) -> None:
+        needed = self.grouping.grouping in BY_WEIGHTS
+        groups = group_layer(
+            self._calibrated(layer),
+            self.experts(layer) if needed else None,
+            self.plan.layers[layer].groups,
+            self.grouping.grouping,
+        )
+        artifacts.write_json(path, groups.tolist())
+
+    def _weigh_neurons(self, layer: int, path: Path) -> None:
+        self._calibrated(layer)
+        call = self.store.sample(layer, self.factoring.fit_tokens).to(self.device)
+        energy_EF = importance(self.experts(layer), call, self.metric(layer)) / len(call.x_TD)
+        artifacts.write_tensors(path, {"energy_EF": energy_EF})
 
     def _factor(self, layer: int, path: Path) -> None:
         start = time.monotonic()
@@ -370,9 +430,7 @@ class Job(JobInputs):
         if self.on_own_inputs:
             self._distill_in_order()
             return
-        for layer, path in self._todo(self.distilled_directory, "safetensors", None):
-            with self.suited_threads():
-                self._distill(layer, path, self.call(layer))
+        self._make_layers("distill")
 
     @property
     def on_own_inputs(self) -> bool:
@@ -408,6 +466,10 @@ class Job(JobInputs):
                     student = self.student(layer, self.distilled_directory, "distill")
                     own.take(student.to(self.stored).float())
         passed.remove()
+
+    def _distill_alone(self, layer: int, path: Path) -> None:
+        """Distil a layer on what the teacher's receives, whatever becomes of other layers."""
+        self._distill(layer, path, self.call(layer))
 
     def _distill(self, layer: int, path: Path, call: ExpertsCall) -> None:
         start = time.monotonic()
@@ -508,7 +570,7 @@ class Job(JobInputs):
         ``directory`` is where a stage left them, by default distillation.
         """
         directory = directory or self.distilled_directory
-        paths = {layer: directory / f"layer-{layer:03d}.json" for layer in self.reader.shape.layers}
+        paths = {layer: directory / layer_file(layer, "json") for layer in self.reader.shape.layers}
         return {layer: artifacts.read_json(p) for layer, p in paths.items() if p.exists()}
 
     def forget(self) -> None:
@@ -577,7 +639,7 @@ class Job(JobInputs):
         return self.store.statistics(layer)
 
     def _artifact(self, directory: Path, layer: int, suffix: str, stage: str) -> Path:
-        path = directory / f"layer-{layer:03d}.{suffix}"
+        path = directory / layer_file(layer, suffix)
         if not path.exists():
             raise _missing(stage, self.work)
         return path
@@ -587,7 +649,7 @@ class Job(JobInputs):
     ) -> Iterator[tuple[int, Path]]:
         """Yield the layers whose artifact is not there yet, with its path."""
         artifacts.remove_leftovers(directory)
-        paths = {n: directory / f"layer-{n:03d}.{suffix}" for n in self.reader.shape.layers}
+        paths = {n: directory / layer_file(n, suffix) for n in self.reader.shape.layers}
         missing = [(layer, path) for layer, path in paths.items() if not path.exists()]
         yield from track(missing, description) if description and missing else missing
 
@@ -668,13 +730,14 @@ def fuse(
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    elsewhere: Elsewhere | None = None,
 ) -> FuseResult:
     """Run the whole job on ``checkpoint`` and write the student to ``out``.
 
     ``values`` are settings by name (see ``config``). Artifacts lie in ``work``; without one they
     lie beside ``out`` and are removed at the end. The same call after an interruption goes on from
-    the last finished layer and gives the same bytes. Raises ``UserError`` for bad input before any
-    expensive work starts.
+    the last finished layer and gives the same bytes. Layers are made ``elsewhere`` where that is
+    given. Raises ``UserError`` for bad input before any expensive work starts.
     """
     start, out = time.monotonic(), Path(out)
     check_new(out)
@@ -692,11 +755,14 @@ def fuse(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    job.elsewhere = elsewhere
     job.check_apart(out)
     finished = resume and _is_output_of(out, job)
     if not finished:
         check_output(out, overwrite=overwrite)
         job.preflight(out)
+        if elsewhere is not None:
+            elsewhere.check(job)
         if not resume:
             job.forget()
         for stage in (job.calibrate, job.group, job.factor, job.distill):

@@ -1,6 +1,7 @@
 """Where work and results may lie: checked before any work, so that nothing is lost in the end."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,10 @@ def existing_parent(path: Path) -> Path:
 
 def check_place(path: Path) -> None:
     """Refuse a path where no directory can be made or filled; raises ``UserError``."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(
+            f"{path} reads like a URL; give a directory, on a file system that is mounted."
+        )
     parent = existing_parent(path)
     if not parent.is_dir():
         raise UserError(f"{path} cannot be a directory: {parent} is a file; choose another path.")

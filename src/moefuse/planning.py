@@ -7,7 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+from moefuse.checkpoint.formats import check_known
 from moefuse.checkpoint.headers import CheckpointHeaders, read_headers
+from moefuse.checkpoint.promises import check_experts
 from moefuse.config import (
     BUDGETS,
     CalibrateConfig,
@@ -120,9 +122,7 @@ def plan_checkpoint(
     ``values`` are settings by name (``groups``, ``rank``, ``params``, ``bytes``, ``vram``,
     ``context``, ``tokens``, ...). Raises ``UserError`` for a size that cannot be had.
     """
-    headers = read_headers(checkpoint, revision=revision)
-    family = family_of(headers.config)
-    teacher = describe_teacher(headers.config, headers.tensors, family)
+    headers, family, teacher = _headers_of(checkpoint, revision)
     size, factor = build(SizeConfig, values), build(FactorConfig, values)
     serving = _serving(headers, family, values)
     if serving is None:
@@ -184,15 +184,24 @@ def plan_common_sizes(
     ``values`` are settings by name and must hold ``context``. Raises ``UserError`` for a context
     that the model does not take.
     """
-    headers = read_headers(checkpoint, revision=revision)
-    family = family_of(headers.config)
-    teacher = describe_teacher(headers.config, headers.tensors, family)
+    headers, family, teacher = _headers_of(checkpoint, revision)
     serving = _serving(headers, family, values)
     assert serving is not None
     needs = running_needs(headers.config, family, serving)
     size, factor = build(SizeConfig, values), build(FactorConfig, values)
     fits = (_fit(teacher, vram * 10**9, needs, size, factor) for vram in COMMON_VRAM)
     return CommonSizes(str(checkpoint), serving, tuple(fits))
+
+
+def _headers_of(
+    checkpoint: str | Path, revision: str | None
+) -> tuple[CheckpointHeaders, Family, Teacher]:
+    """Read the headers of a teacher; raises ``UserError`` for one that cannot be read."""
+    headers = read_headers(checkpoint, revision=revision)
+    family = family_of(headers.config)
+    check_known(headers.source, headers.config)
+    check_experts(headers, family, family.shape(headers.config))
+    return headers, family, describe_teacher(headers.config, headers.tensors, family)
 
 
 def _fit(teacher: Teacher, vram: int, needs: Needs, size: SizeConfig, factor: FactorConfig) -> Fit:

@@ -80,9 +80,11 @@ def _in_no_order(inputs: int) -> list[int]:
     return [int(at) // GROUP for at in torch.randperm(inputs, generator=generator)]
 
 
-def in_gptq(weight_OI: Tensor, *, bits: int = 4, version: int = 1) -> tuple[State, Tensor]:
-    """GPTQ with columns that belong to groups in no order, as act-order leaves them."""
-    group_I = _in_no_order(weight_OI.shape[1])
+def in_gptq(
+    weight_OI: Tensor, *, bits: int = 4, version: int = 1, group_I: list[int] | None = None
+) -> tuple[State, Tensor]:
+    """GPTQ with columns that belong to ``group_I``: by default in no order, as act-order has it."""
+    group_I = group_I or _in_no_order(weight_OI.shape[1])
     q_OI, scale_GO, zero_GO = _rounded(weight_OI, bits, group_I)
     stored_zero_GO = zero_GO if version == 2 else (zero_GO - 1) % 2**bits
     stored = {
@@ -124,10 +126,17 @@ def in_compressed_tensors(weight_OI: Tensor) -> tuple[State, Tensor]:
 FP8_SETTINGS = {"quant_method": "fp8", "weight_block_size": list(BLOCK)}
 GPTQ_SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}
 AWQ_SETTINGS = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}
+COMPRESSED_WEIGHTS = {
+    "num_bits": 4,
+    "symmetric": False,
+    "strategy": "group",
+    "group_size": GROUP,
+    "actorder": "group",
+}
 COMPRESSED_SETTINGS = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
-    "config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}},
+    "config_groups": {"group_0": {"weights": COMPRESSED_WEIGHTS}},
 }
 FORMATS: dict[str, tuple[dict, Callable[[Tensor], tuple[State, Tensor]]]] = {
     "fp8": (FP8_SETTINGS, in_fp8),

@@ -23,6 +23,8 @@ from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_model
+from moefuse.heal import heal
+from moefuse.healing.teach import teach
 from moefuse.pipeline import fuse
 from moefuse.planning import plan_checkpoint
 
@@ -32,6 +34,7 @@ DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.int32: "I32",
@@ -107,6 +110,65 @@ def test_gptq_of_all_widths_and_versions(bits: int, version: int) -> None:
         settings["checkpoint_format"] = "gptq_v2"
 
     assert torch.equal(unpacked(settings, stored), plain)
+
+
+def test_gptq_in_groups_that_do_not_come_out_even() -> None:
+    """40 columns in groups of 16: the last is half a group, and no ``g_idx`` says so."""
+    weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    stored, plain = in_gptq(weight, group_I=[at // 16 for at in range(40)])
+    del stored[".g_idx"]
+
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+    assert torch.equal(unpacked(settings, stored), plain)
+
+
+def test_fp8_with_scales_that_are_powers_of_two() -> None:
+    """Newer checkpoints store scales as exponents alone (e8m0)."""
+    stored = {
+        ".weight": torch.tensor([[1.5, -448.0], [0.25, 2.0]]).to(torch.float8_e4m3fn),
+        ".weight_scale_inv": torch.tensor([[0.5, 4.0]]).to(torch.float8_e8m0fnu),
+    }
+    settings = {"quant_method": "fp8", "weight_block_size": [2, 1]}
+
+    assert unpacked(settings, stored).tolist() == [[0.75, -1792.0], [0.125, 8.0]]
+
+
+@pytest.mark.parametrize("block", [[16, 8], "16x8"])
+def test_compressed_tensors_in_blocks_however_they_are_written(block: Any) -> None:
+    weight = torch.randn(32, 24, generator=torch.Generator().manual_seed(0))
+    stored, plain = FORMATS["fp8"][1](weight)
+    stored[".weight_scale"] = stored.pop(".weight_scale_inv")
+    settings = _eight_bits(strategy="block", block_structure=block)
+
+    assert torch.equal(unpacked(settings, stored), plain)
+
+
+def test_compressed_tensors_in_groups_of_several_widths() -> None:
+    """Which of the settings a weight belongs to is told by its scales."""
+    kinds = {str(size): {"weights": {"num_bits": 4, "group_size": size}} for size in (8, 16)}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": kinds,
+    }
+    for groups in (3, 5):  # of 40 columns; the third group of 16 is half a one
+        stored = {
+            ".weight_packed": torch.full((8, 5), 0x11111111, dtype=torch.int32),
+            ".weight_scale": torch.arange(1.0, groups + 1).expand(8, groups).contiguous(),
+            ".weight_shape": torch.tensor([8, 40]),
+        }
+        size = {3: 16, 5: 8}[groups]
+        expected = -7.0 * torch.arange(1.0, groups + 1).repeat_interleave(size)[:40]
+        assert torch.equal(unpacked(settings, stored), expected.expand(8, 40))
+
+
+def _eight_bits(**weights: Any) -> dict[str, Any]:
+    group = {"weights": {"num_bits": 8, "type": "float", **weights}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+    }
 
 
 # A whole checkpoint.
@@ -216,6 +278,24 @@ def test_fused_to_the_same_student(name: str, twins: Any, tmp_path: Path) -> Non
     assert all(torch.equal(students[1][tensor], students[0][tensor]) for tensor in students[0])
 
 
+def test_taught_and_healed_like_the_plain_one(twins: Any, tmp_path: Path) -> None:
+    """What a teacher is read for after fusing: its predictions, streamed and whole."""
+    data = str(write_text(tmp_path / "text.txt"))
+    text = {"data": data, "tokens": "256", "sequence_length": 32, "batch_size": 4}
+    made = []
+    for path in twins("fp8"):
+        student = tmp_path / "student"
+        if not student.exists():
+            fused = {"groups": 3, "rank": 2, "steps": 0, "tokens": 512, "data": data}
+            fuse(path, student, {**fused, "sensitivity_tokens": 0})
+        cache, healed = tmp_path / f"{path.name}-cache", tmp_path / f"{path.name}-healed"
+        teach(path, cache, {**text, "top": 8, "tail": 4})
+        heal(student, healed, text, teacher=path)
+        made.append([cache / "wave-00000.safetensors", healed / "model.safetensors"])
+
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*made, strict=True))
+
+
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_loaded_whole_it_is_the_plain_model(name: str, twins: Any) -> None:
     ids = torch.arange(10).view(2, 5)
@@ -248,9 +328,32 @@ def test_an_unknown_format_is_refused_by_name(twins: Any) -> None:
     _edited(quantized, lambda settings: settings.update(quant_method="hqq"))
 
     titles = ", ".join(known.title for known in all_formats())
-    with pytest.raises(UserError, match=f"quantised with hqq .* moefuse reads {titles}"):
+    with pytest.raises(UserError, match=f"quantised with hqq, .* moefuse reads: {titles}"):
         CheckpointReader.open(quantized)
+    with pytest.raises(UserError, match="quantised with hqq, "):
+        plan_checkpoint(quantized, {"groups": 3, "rank": 2})
     assert inspect_checkpoint(quantized).quantized_bits is None
+
+
+def test_numbers_of_an_unknown_format_are_not_taken_for_weights(twins: Any) -> None:
+    """Transformers only warns of a method that it does not know, and loads what is stored."""
+    _, quantized = twins("fp8")
+    _edited(quantized, lambda settings: settings.update(quant_method="modelopt"))
+
+    for read in (CheckpointReader.open, load_model):
+        with pytest.raises(UserError, match=r"quantised with modelopt, .*fp8 in blocks"):
+            read(quantized)
+
+
+def test_a_name_is_known_where_the_stored_shapes_are_strange(twins: Any) -> None:
+    """bitsandbytes keeps 4-bit weights as a column of bytes under the plain weight's name."""
+    plain, _ = twins("fp8")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (plain / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(UserError, match="quantised with bitsandbytes, "):
+        CheckpointReader.open(plain)
 
 
 @pytest.mark.parametrize(
@@ -278,10 +381,21 @@ def test_a_missing_part_is_told(name: str, end: str, twins: Any) -> None:
         ("gptq", {"bits": 3}, "has 3 under 'bits'"),
         ("gptq", {"bits": 8}, "where .* belongs to its weight"),
         ("awq", {"version": "gemv"}, "in the layout 'gemv'"),
+        ("gptq", {"checkpoint_format": "marlin"}, "the GPTQ layout 'marlin'"),
+        ("awq", {"group_size": 16}, "where .* belongs to its weight"),
         (
             "compressed-tensors",
             {"format": "marlin-24"},
             "the compressed-tensors format 'marlin-24'",
+        ),
+        ("compressed-tensors", {"config_groups": [1]}, "with weights of no bits"),
+        ("compressed-tensors", {"config_groups": {"g": {"weights": {"num_bits": 3}}}}, "of 3 bits"),
+        ("compressed-tensors", {"transform_config": {"R1": {}}}, "weights with rotations"),
+        ("compressed-tensors", {"sparsity_config": {"format": "sparse-24"}}, "packed sparsity"),
+        (
+            "compressed-tensors",
+            {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "token"}}}},
+            "the strategy 'token'",
         ),
     ],
 )
@@ -294,3 +408,79 @@ def test_settings_that_do_not_fit_are_told(
     with pytest.raises(UserError, match=message) as raised:
         CheckpointReader.open(quantized)
     assert "\n" not in str(raised.value)
+
+
+UP = "model.layers.1.mlp.experts.3.up_proj"
+MISSHAPEN = "where .* belongs to its weight; download"
+MISKEPT = "where a .*tensor of .* belongs; download"
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "change", "message"),
+    [
+        ("fp8", ".weight", torch.Tensor.flatten, MISKEPT),
+        ("fp8", ".weight_scale_inv", torch.Tensor.int, MISKEPT),
+        ("gptq", ".qweight", torch.Tensor.half, MISKEPT),
+        ("gptq", ".g_idx", torch.Tensor.float, MISKEPT),
+        ("gptq", ".g_idx", lambda t: t[:8], MISSHAPEN),
+        ("awq", ".scales", lambda t: t[:1], MISSHAPEN),
+        ("awq", ".scales", torch.Tensor.flatten, MISKEPT),
+        ("compressed-tensors", ".weight_packed", torch.Tensor.flatten, MISKEPT),
+        ("compressed-tensors", ".weight_scale", lambda t: t[:, :2], MISSHAPEN),
+        ("compressed-tensors", ".weight_scale", lambda t: t[:8], MISSHAPEN),
+        ("compressed-tensors", ".weight_zero_point", lambda t: t[:1], MISSHAPEN),
+        ("compressed-tensors", ".weight_zero_point", lambda t: t[:, :1], MISSHAPEN),
+        ("compressed-tensors", ".weight_zero_point", None, "but not .*weight_zero_point"),
+        ("compressed-tensors", ".weight_g_idx", lambda t: t[:8], MISSHAPEN),
+    ],
+)
+def test_parts_that_do_not_fit_are_told(
+    name: str, end: str, change: Any, message: str, twins: Any
+) -> None:
+    _, quantized = twins(name)
+    _changed(quantized, UP + end, change)
+
+    with pytest.raises(UserError, match=f"{UP}.*{message}") as raised:
+        CheckpointReader.open(quantized)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("scale", [(16, 1), (4, 8), (2, 2)])
+def test_scales_of_whole_numbers_must_fit(scale: tuple[int, int]) -> None:
+    stored = {
+        ".weight": torch.ones(32, 32).to(torch.float8_e4m3fn),
+        ".weight_scale": torch.ones(scale),
+    }
+
+    with pytest.raises(UserError, match=r"where \[32, 1\] belongs to its weight"):
+        unpacked(_eight_bits(strategy="channel"), stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "message"),
+    [
+        ("gptq", ".g_idx", "its columns belong to groups 5 to 8, and it has scales for 4"),
+        ("compressed-tensors", ".weight_g_idx", "its columns belong to groups 5 to 8, and it has"),
+        (
+            "compressed-tensors",
+            ".weight_shape",
+            r"said to be \[21, 37\], and \[16, 32\] are packed",
+        ),
+    ],
+)
+def test_numbers_that_do_not_fit_are_told(name: str, end: str, message: str, twins: Any) -> None:
+    """What headers cannot tell is told when the weight is read."""
+    _, quantized = twins(name)
+    _changed(quantized, UP + end, lambda t: t + 5)
+
+    reader = CheckpointReader.open(quantized)
+    with pytest.raises(UserError, match=f"{UP}.weight.* is quantised, and .*{message}"):
+        reader.read(f"{UP}.weight")
+
+
+def _changed(quantized: Path, name: str, change: Any) -> None:
+    tensors = load_file(quantized / "model.safetensors")
+    changed = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(changed).contiguous()
+    save_file(tensors, quantized / "model.safetensors", {"format": "pt"})

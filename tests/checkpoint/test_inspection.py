@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -188,3 +190,14 @@ def test_a_checkpoint_in_a_format_that_is_not_read_is_still_shown(tmp_path: Path
 
     assert found.quantization == "hqq"
     assert found.parameters == 4 * 3 * 32 * 16
+
+
+def test_a_plain_checkpoint_is_inspected_without_torch(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    """It takes a second to import, four times as long as everything else that inspecting does."""
+    program = (
+        "import sys; from moefuse.checkpoint.inspection import inspect_checkpoint; "
+        "inspect_checkpoint(sys.argv[1]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, tiny_checkpoint()], check=True)

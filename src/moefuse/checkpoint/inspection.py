@@ -19,9 +19,9 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from moefuse.checkpoint.formats import format_of
+from moefuse.checkpoint.formats import format_of, quantization_method
 from moefuse.checkpoint.headers import CheckpointHeaders, read_headers
-from moefuse.checkpoint.promises import check_experts, quantization_method
+from moefuse.checkpoint.promises import check_experts
 from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.families import Family, MoeShape, family_of
 from moefuse.families.base import optional

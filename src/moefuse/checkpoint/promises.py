@@ -1,8 +1,6 @@
 """Whether a checkpoint's tensors are what its configuration promises, from headers alone."""
 
-from typing import Any
-
-from moefuse.checkpoint.formats import known_formats, settings_of
+from moefuse.checkpoint.formats import known_formats, quantization_method
 from moefuse.checkpoint.headers import CheckpointHeaders
 from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.errors import UserError
@@ -59,14 +57,6 @@ def _misshapen_expert(
         f"The tensor {tensor.name!r} in {headers.source} has the shape {list(tensor.shape)}, but "
         f"its config.json means {list(wanted)}; configuration and weights are of different models."
     )
-
-
-def quantization_method(config: dict[str, Any]) -> str | None:
-    """Return the method that ``quantization_config`` names, or None where there is none."""
-    settings = settings_of(config)
-    if settings is None:
-        return None
-    return str(settings.get("quant_method", "an unnamed method"))
 
 
 def check_plain_floats(headers: CheckpointHeaders) -> None:

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moefuse import artifacts
-from moefuse.checkpoint.formats import format_of, settings_of
+from moefuse.checkpoint.formats import check_known, format_of, settings_of
+from moefuse.checkpoint.formats.base import DamagedPartsError
 from moefuse.checkpoint.headers import (
     CARD,
     CONFIG,
@@ -41,12 +42,11 @@ from moefuse.checkpoint.native import Weights, of_one, to_native, weights_of
 from moefuse.checkpoint.promises import check_experts, check_plain_floats
 from moefuse.checkpoint.read_ahead import Range, ReadAhead
 from moefuse.console import track
+from moefuse.devices import STORED, stored_dtype
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families, family_of
 
 MAPPED_BYTES = 64_000_000
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""What a quantised weight may be meant to be, by safetensors' name."""
 CHECKED_AT_ONCE = 1 << 24
 SAMPLED_BYTES = 4096
 
@@ -90,6 +90,7 @@ class CheckpointReader:
             directory = _download(str(source), revision, trust_remote_code)
         family = _known_family(read_config(directory), trust_remote_code)
         headers = local_headers(str(source), directory)
+        check_known(headers.source, headers.config)
         shape = family.shape(headers.config)
         check_experts(headers, family, shape)
         check_plain_floats(headers)
@@ -137,7 +138,7 @@ class CheckpointReader:
             return self._read_stacked(layer, device, dtype)
         shape, width = self.shape, self.shape.intermediate
         names = [self.family.expert_names(layer, expert) for expert in range(shape.experts)]
-        place = {"dtype": dtype or self.read(names[0].gate).dtype, "device": device}
+        place = {"dtype": dtype or self.dtype, "device": device}
         gate_up = torch.empty((shape.experts, 2 * width, shape.hidden), **place)
         down = torch.empty((shape.experts, shape.hidden, width), **place)
         places: dict[str, Tensor] = {}
@@ -178,6 +179,11 @@ class CheckpointReader:
         for own, name in names.items():
             self._visit([name], lambda _, stacked, own=own: take(own, stacked))
         return weights_of(found)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the routed experts, once plain."""
+        return stored_dtype(self.tensors, self.family, self.config)
 
     def read_ahead(self, layer: int, *, outside: bool = True, experts: bool = True) -> None:
         """Begin to read a layer's tensors from the disk while others are worked on.
@@ -299,8 +305,14 @@ class CheckpointReader:
         found = format_of(self.config)
         assert found is not None
         parts = {end: files[part.shard].get_tensor(part.name) for end, part in tensor.parts}
-        weight = found.unpack(parts, settings_of(self.config) or {}, tensor.shape)
-        return weight.to(DTYPES[tensor.dtype])
+        try:
+            weight = found.unpack(parts, settings_of(self.config) or {}, tensor.shape)
+        except DamagedPartsError as error:
+            raise UserError(
+                f"The tensor {tensor.name!r} in {self.directory / tensor.shard} is quantised, and "
+                f"{error}; download the checkpoint again."
+            ) from error
+        return weight.to(STORED[tensor.dtype])
 
     def _batches(self, names: list[str]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
         """Split names into runs of the same shards and at most ``MAPPED_BYTES`` (or one tensor)."""

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moefuse.checkpoint.reader import DTYPES, CheckpointReader
+from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.errors import UserError
 from moefuse.mathematics.experts import ExpertsCall
 
@@ -276,9 +276,7 @@ def whole_model(
     For quantised checkpoints, which Transformers' own loading leaves quantised or cannot read on
     every device. ``dtype`` is by default that of the experts once plain.
     """
-    first = next(iter(reader.family.expert_tensors(reader.shape.layers[0], reader.shape)))
-    dtype = dtype or DTYPES[reader.tensors[first].dtype]
-    return StreamedTeacher(reader, device=device, dtype=dtype).whole()
+    return StreamedTeacher(reader, device=device, dtype=dtype or reader.dtype).whole()
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

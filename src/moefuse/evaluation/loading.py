@@ -13,8 +13,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from moefuse.checkpoint.formats import format_of
+from moefuse.checkpoint.formats import check_known, format_of, quantization_method
 from moefuse.checkpoint.headers import (
     HUB_ERRORS,
     CheckpointHeaders,
@@ -53,10 +54,15 @@ def load_model(
     _check(dtype, device)
     directory = checkpoint_directory(path)
     config = read_headers(directory).config
-    if format_of(config) is not None:
+    if not is_fused(config) and format_of(config) is not None:
         working = getattr(torch, dtype) if dtype and dtype != "auto" else None
         model = whole_model(CheckpointReader.open(directory), device=device, dtype=working)
         return model, load_tokenizer(path, trust_remote_code=trust_remote_code)
+    method = quantization_method(config)
+    # Prefixes, because Transformers knows bitsandbytes by its widths.
+    if method and not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        # Transformers would only warn, and take the stored numbers for the weights.
+        check_known(str(path), config)
     options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
     if not is_fused(config):
         options["trust_remote_code"] = trust_remote_code

@@ -11,10 +11,20 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from moefuse.checkpoint.formats.base import Format, Settings, settings_of
+from moefuse.checkpoint.formats.base import Format, quantization_method, settings_of
 from moefuse.checkpoint.tensor_info import TensorInfo
+from moefuse.errors import UserError
 
-__all__ = ["Format", "all_formats", "as_plain", "format_of", "known_formats", "settings_of"]
+__all__ = [
+    "Format",
+    "all_formats",
+    "as_plain",
+    "check_known",
+    "format_of",
+    "known_formats",
+    "quantization_method",
+    "settings_of",
+]
 
 
 @cache
@@ -32,10 +42,23 @@ def known_formats() -> str:
 
 def format_of(config: Mapping[str, Any]) -> Format | None:
     """Return the format that a ``config.json`` names; None where it names none or one not known."""
-    settings = settings_of(config)
-    if settings is None:
+    method = quantization_method(config)
+    if method is None:
         return None
-    return next((known for known in all_formats() if known.reads(settings)), None)
+    return next((known for known in all_formats() if known.method == method), None)
+
+
+def check_known(source: str, config: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` for a ``config.json`` that names a format which moefuse cannot read.
+
+    Formats of the same tensor names may mean other numbers, so nothing is guessed from those.
+    """
+    method = quantization_method(config)
+    if method is not None and format_of(config) is None:
+        raise UserError(
+            f"{source} is quantised with {method}, which is no format that moefuse reads: "
+            f"{known_formats()}. Start from the checkpoint that was not quantised."
+        )
 
 
 def as_plain(
@@ -46,11 +69,10 @@ def as_plain(
     ``source`` is what to call the checkpoint. Raises ``UserError`` where parts of a weight are
     missing or do not fit each other.
     """
-    known = format_of(config)
+    known, settings = format_of(config), settings_of(config)
     plain = dict(tensors)
-    if known is None:
+    if known is None or settings is None:
         return plain
-    settings: Settings = settings_of(config) or {}
     for packed in known.find(source, tensors, settings):
         for _, part in packed.parts:
             plain.pop(part.name, None)

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from moefuse.checkpoint.formats.base import (
+    PACKED_IN,
+    SCALES_IN,
     Format,
     Packed,
     Settings,
+    check_kind,
     check_shape,
     collect,
-    method_is,
+    columns_of_group,
 )
 from moefuse.checkpoint.formats.bits import unpack_columns
 from moefuse.checkpoint.tensor_info import TensorInfo
@@ -35,16 +38,20 @@ def _find(source: str, tensors: Mapping[str, TensorInfo], settings: Settings) ->
             "'gemm' at 4 bits. Start from another version of the checkpoint."
         )
     for stem, parts in collect(source, tensors, Q, (ZEROS, SCALES)):
+        check_kind(source, parts[Q], 2, *PACKED_IN)
+        check_kind(source, parts[ZEROS], 2, *PACKED_IN)
+        check_kind(source, parts[SCALES], 2, *SCALES_IN)
         inputs, packed = parts[Q].shape
-        groups = parts[SCALES].shape[0]
+        groups = -(-inputs // columns_of_group(settings, inputs, parts[SCALES].shape[0]))
         check_shape(source, parts[SCALES], (groups, 8 * packed))
         check_shape(source, parts[ZEROS], (groups, packed))
         yield Packed(stem + ".weight", (8 * packed, inputs), tuple(parts.items()))
 
 
-def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, ...]) -> Tensor:  # noqa: ARG001
+def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, ...]) -> Tensor:
     q_IO, zero_GO = _in_order(parts[Q]), _in_order(parts[ZEROS])
-    group_I = torch.arange(shape[1], device=q_IO.device) // (shape[1] // len(zero_GO))
+    columns = columns_of_group(settings, shape[1], len(zero_GO))
+    group_I = torch.arange(shape[1], device=q_IO.device) // columns
     return (parts[SCALES].float()[group_I] * (q_IO - zero_GO[group_I])).T
 
 
@@ -53,4 +60,4 @@ def _in_order(packed_RC: Tensor) -> Tensor:
     return eights[..., list(PLACE_OF_COLUMN)].flatten(-2)
 
 
-FORMAT = Format("AWQ", method_is("awq"), _find, _unpack)
+FORMAT = Format("AWQ", "awq", _find, _unpack)

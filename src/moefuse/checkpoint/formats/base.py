@@ -2,17 +2,27 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moefuse.checkpoint.tensor_info import TensorInfo
 from moefuse.errors import UserError
+
+# torch takes seconds to import, and what only reads headers of plain checkpoints needs none of it.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Settings = Mapping[str, Any]
 """``quantization_config`` of a ``config.json``."""
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Safetensors' names of the dtypes that a ``config.json`` may name."""
+PACKED_IN = ("I32",)
+INDICES = ("I32", "I64")
+SCALES_IN = ("BF16", "F16", "F32", "F8_E8M0")
+"""What packed numbers, the groups of columns and scales may be stored in."""
+
+
+class DamagedPartsError(Exception):
+    """The numbers of a weight's parts do not fit each other, which headers cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +41,21 @@ class Packed:
 
 
 Find = Callable[[str, Mapping[str, TensorInfo], Settings], Iterator[Packed]]
-Unpack = Callable[[Mapping[str, Tensor], Settings, tuple[int, ...]], Tensor]
+Unpack = Callable[["Mapping[str, Tensor]", Settings, tuple[int, ...]], "Tensor"]
 
 
 @dataclass(frozen=True)
 class Format:
     """A way to store weights in few bits.
 
-    ``reads(settings)`` says whether these are its settings; ``find(source, tensors, settings)``
-    yields all quantised weights, raising ``UserError`` for damaged ones; ``unpack(parts, settings,
-    shape)`` makes one plain weight of its parts, any float dtype. ``leaves_out`` are ends of names
-    of tensors that only quantised products need.
+    ``method`` is what settings call it; ``find(source, tensors, settings)`` yields all quantised
+    weights, raising ``UserError`` for damaged ones; ``unpack(parts, settings, shape)`` makes one
+    plain weight of its parts, any float dtype, and raises ``DamagedPartsError``. ``leaves_out`` are
+    ends of names of tensors that only quantised products need.
     """
 
     title: str
-    reads: Callable[[Settings], bool]
+    method: str
     find: Find
     unpack: Unpack
     leaves_out: tuple[str, ...] = ()
@@ -54,12 +64,13 @@ class Format:
 def settings_of(config: Mapping[str, Any]) -> Settings | None:
     """Return ``quantization_config`` of a configuration; None where there is none."""
     settings = config.get("quantization_config", config.get("compression_config"))
-    return settings if isinstance(settings, Mapping) else None
+    return settings if isinstance(settings, Mapping) and settings else None
 
 
-def method_is(name: str) -> Callable[[Settings], bool]:
-    """Return what recognises settings by their ``quant_method``."""
-    return lambda settings: settings.get("quant_method") == name
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """Return the method that ``quantization_config`` names, or None where there is none."""
+    settings = settings_of(config)
+    return None if settings is None else str(settings.get("quant_method", "an unnamed method"))
 
 
 def collect(
@@ -79,12 +90,45 @@ def collect(
         stem = name.removesuffix(first)
         for end in needed:
             if stem + end not in tensors:
-                raise UserError(
-                    f"{source} has {name!r} but not {stem + end!r}, without which its numbers mean "
-                    "nothing; download the checkpoint again."
-                )
+                raise missing_part(source, name, stem + end)
         ends = (first, *needed, *optional)
         yield stem, {end: tensors[stem + end] for end in ends if stem + end in tensors}
+
+
+def missing_part(source: str, name: str, other: str) -> UserError:
+    """Return the refusal of a checkpoint that has the tensor ``name`` and not ``other``."""
+    return UserError(
+        f"{source} has {name!r} but not {other!r}, without which its numbers mean nothing; "
+        "download the checkpoint again."
+    )
+
+
+def check_kind(source: str, tensor: TensorInfo, dims: int | None, *dtypes: str) -> None:
+    """Raise ``UserError`` unless a stored tensor has so many dimensions (None: any) and a dtype."""
+    if tensor.dtype not in dtypes or dims not in (None, len(tensor.shape)):
+        what = "tensor" if dims is None else f"{dims}-dimensional tensor"
+        raise UserError(
+            f"The tensor {tensor.name!r} in {source} is stored as {tensor.dtype} in the shape "
+            f"{list(tensor.shape)}, where a {what} of {' or '.join(dtypes)} belongs; download the "
+            "checkpoint again."
+        )
+
+
+def columns_of_group(settings: Settings, inputs: int, groups: int) -> int:
+    """Return how many neighbouring columns share a scale, by the settings or else evenly."""
+    size = settings.get("group_size", settings.get("q_group_size"))
+    if isinstance(size, int):
+        return size if size > 0 else inputs
+    return max(1, -(-inputs // max(1, groups)))
+
+
+def check_groups(group_I: "Tensor", groups: int) -> None:
+    """Raise ``DamagedPartsError`` unless every column, (in,), belongs to one of ``groups``."""
+    if int(group_I.min()) < 0 or int(group_I.max()) >= groups:
+        raise DamagedPartsError(
+            f"its columns belong to groups {int(group_I.min())} to {int(group_I.max())}, and it "
+            f"has scales for {groups}"
+        )
 
 
 def check_shape(source: str, tensor: TensorInfo, *allowed: tuple[int, ...]) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from moefuse.checkpoint.formats.base import (
+    SCALES_IN,
     Format,
     Packed,
     Settings,
+    check_kind,
     check_shape,
     collect,
-    method_is,
 )
 from moefuse.checkpoint.formats.bits import scaled
 from moefuse.checkpoint.tensor_info import TensorInfo
@@ -41,6 +42,8 @@ def _block(settings: Settings, shape: tuple[int, ...]) -> tuple[int, int]:
 def _find(source: str, tensors: Mapping[str, TensorInfo], settings: Settings) -> Iterator[Packed]:
     quantised = {n: t for n, t in tensors.items() if n.endswith(SCALE) or t.dtype in FLOATS}
     for stem, parts in collect(source, quantised, WEIGHT, (SCALE,)):
+        check_kind(source, parts[WEIGHT], 2, *FLOATS)
+        check_kind(source, parts[SCALE], None, *SCALES_IN)
         shape = parts[WEIGHT].shape
         rows, columns = _block(settings, shape)
         blocks = (-(-shape[0] // rows), -(-shape[1] // columns))
@@ -56,7 +59,7 @@ def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, .
 
 FORMAT = Format(
     "fp8 in blocks",
-    method_is("fp8"),
+    "fp8",
     _find,
     _unpack,
     leaves_out=(".input_scale", ".activation_scale"),

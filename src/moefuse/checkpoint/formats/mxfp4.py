@@ -14,22 +14,27 @@ from moefuse.checkpoint.formats.base import (
     Format,
     Packed,
     Settings,
+    check_kind,
     check_shape,
     collect,
-    method_is,
 )
 from moefuse.checkpoint.tensor_info import TensorInfo
 
 BLOCKS, SCALES = "_blocks", "_scales"
 HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BIAS = 127
+BLOCK_BYTES = 16
 
 
 def _find(source: str, tensors: Mapping[str, TensorInfo], settings: Settings) -> Iterator[Packed]:  # noqa: ARG001
     for stem, parts in collect(source, tensors, BLOCKS, (SCALES,)):
-        *leading, outputs, blocks, half = parts[BLOCKS].shape
-        check_shape(source, parts[SCALES], (*leading, outputs, blocks))
-        yield Packed(stem, (*leading, 2 * half * blocks, outputs), tuple(parts.items()))
+        check_kind(source, parts[BLOCKS], 4, "U8")
+        check_kind(source, parts[SCALES], 3, "U8")
+        experts, outputs, blocks, _ = parts[BLOCKS].shape
+        check_shape(source, parts[BLOCKS], (experts, outputs, blocks, BLOCK_BYTES))
+        check_shape(source, parts[SCALES], (experts, outputs, blocks))
+        shape = (experts, 2 * BLOCK_BYTES * blocks, outputs)
+        yield Packed(stem, shape, tuple(parts.items()))
 
 
 def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, ...]) -> Tensor:  # noqa: ARG001
@@ -41,4 +46,4 @@ def _unpack(parts: Mapping[str, Tensor], settings: Settings, shape: tuple[int, .
     return torch.ldexp(pairs.flatten(-2), exponent.unsqueeze(-1)).flatten(-2).mT
 
 
-FORMAT = Format("MXFP4", method_is("mxfp4"), _find, _unpack)
+FORMAT = Format("MXFP4", "mxfp4", _find, _unpack)

@@ -1,0 +1,1 @@
+"""Making layers on several machines."""
