@@ -31,6 +31,7 @@ one code stands for, B bytes.
 
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -93,6 +94,16 @@ def gating_of(native: Any, settings: dict[str, Any] | None) -> Any:
     if settings is None:
         return PlainGating(native.act_fn)
     return GATINGS[settings["kind"]](**{k: v for k, v in settings.items() if k != "kind"})
+
+
+@cache
+def installed_kernels() -> Callable[..., Tensor | None] | None:
+    """Find kernels that an installed package offers by the entry point ``moefuse.kernels``.
+
+    They take a ``FusedExperts`` and its call, and return its output, or None to have it computed
+    plainly.
+    """
+    return next((entry.load() for entry in entry_points(group="moefuse.kernels")), None)
 
 
 MOST_FILLED = 4
@@ -220,6 +231,7 @@ class FusedExperts(nn.Module):
         super().__init__()
         self.num_experts = experts
         self.gating = gating
+        self.fast_forward = installed_kernels()
         self.bases = nn.ModuleList(BaseExpert(hidden, intermediate) for _ in range(groups))
         self.delta: Any = DELTA_KINDS[delta](experts, hidden, intermediate, rank) if rank else None
         self.scale = nn.Parameter(torch.ones(experts, 2 * intermediate)) if scale else None
@@ -241,6 +253,16 @@ class FusedExperts(nn.Module):
         ``hidden_states`` is (T, D); ``top_k_index`` (T, K) integers below E; ``top_k_weights``
         (T, K) floats.
         """
+        if self.fast_forward is not None:
+            y_TD = self.fast_forward(self, hidden_states, top_k_index, top_k_weights)
+            if y_TD is not None:
+                return y_TD
+        return self.plain_forward(hidden_states, top_k_index, top_k_weights)
+
+    def plain_forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Do what ``forward`` does with PyTorch alone."""
         tokens, top_k = top_k_index.shape
         expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
         token_N = order_N // top_k

@@ -1,0 +1,45 @@
+"""Tile sizes of the Triton kernels, by how many rows a group has."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Product:
+    """A grouped product: columns of a tile, what is summed at a time, warps, stages."""
+
+    columns: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """All sizes of one call; ``rows`` of a tile is common to both products."""
+
+    rows: int
+    gate_up: Product
+    down: Product
+    inner_rows: int = 16
+    inner_chunk: int = 128
+
+
+BY_ROWS = (
+    Tiles(16, Product(32, 128, 4, 4), Product(32, 128, 4, 4)),
+    Tiles(32, Product(32, 128, 4, 4), Product(32, 128, 4, 4)),
+    Tiles(64, Product(32, 128, 4, 4), Product(64, 128, 4, 4)),
+    Tiles(128, Product(64, 64, 8, 3), Product(128, 64, 8, 3), 64),
+)
+"""Measured on an H100 (``benchmarks/fused_layer.py --tune``)."""
+
+IN_FP32 = Tiles(16, Product(32, 32, 4, 2), Product(32, 32, 4, 2), 16, 32)
+
+
+def tiles_for(rows: int, groups: int, dtype: torch.dtype) -> Tiles:
+    """Return the tile sizes for ``rows`` rows spread over ``groups`` groups."""
+    if dtype == torch.float32:
+        return IN_FP32
+    expected = rows / groups
+    return next((tiles for tiles in BY_ROWS if tiles.rows >= expected), BY_ROWS[-1])

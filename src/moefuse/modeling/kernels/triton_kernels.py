@@ -1,0 +1,303 @@
+"""Triton kernels of the fused experts: rows are ordered once, and every product is grouped.
+
+A row is a (token, slot) pair, number i = t * K + k. Rows are ordered by their expert's *place*;
+places number the experts so that a group's members are neighbours, hence one order serves the
+products grouped by group (bases) and by expert (deltas). A tile of rows of one group multiplies
+that group's base once, whatever experts its rows chose; each member's ``B_e`` is then added by a
+product with the inner rows of all other members set to nothing. Nothing is summed by atomic
+additions: the same input gives the same bytes.
+
+Shape suffixes as in ``modeling_moefuse``, and besides: M rows of a tile, X columns of a tile, C a
+chunk of what is summed over, Q the rank filled up to a power of two. Base weights are found by
+``*_table``, the addresses of the G matrices, so that they stay ordinary parameters.
+"""
+
+import triton
+import triton.language as tl
+
+SILU = tl.constexpr(0)
+GELU = tl.constexpr(1)
+CLAMPED = tl.constexpr(2)
+
+
+@triton.jit
+def order_rows(
+    index, place_of_expert, order, start, rows, experts, ROWS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Order rows by place: ``order`` (N) row numbers, ``start`` (E + 1) where each place begins.
+
+    A row's position is how many rows have a lower place, or the same one and a lower number. Every
+    program counts for a block of rows, or for a block of places.
+    """
+    block = tl.program_id(0)
+    row_blocks = tl.cdiv(rows, ROWS)
+    if block < row_blocks:
+        own = block * ROWS + tl.arange(0, ROWS)
+        live = own < rows
+        expert = tl.load(index + own, mask=live, other=0)
+        place = tl.load(place_of_expert + expert, mask=live, other=0)
+        before = _before(index, place_of_expert, place, own, rows, ROWS, CHUNK)
+        tl.store(order + before, own, mask=live)
+    else:
+        place = (block - row_blocks) * ROWS + tl.arange(0, ROWS)
+        first = tl.zeros([ROWS], tl.int32)
+        before = _before(index, place_of_expert, place, first, rows, ROWS, CHUNK)
+        tl.store(start + place, before, mask=place <= experts)
+
+
+@triton.jit
+def _before(index, place_of_expert, place, number, rows, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Count the rows with a place lower than ``place``, or the same and a number lower than theirs."""
+    before = tl.zeros([ROWS], tl.int32)
+    for first in range(0, rows, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        there = other < rows
+        expert = tl.load(index + other, mask=there, other=0)
+        other_place = tl.load(place_of_expert + expert, mask=there, other=0)
+        lower = other_place[None, :] < place[:, None]
+        tie = (other_place[None, :] == place[:, None]) & (other[None, :] < number[:, None])
+        before += tl.sum(((lower | tie) & there[None, :]).to(tl.int32), 1)
+    return before
+
+
+@triton.jit
+def _tile(start, first_place, parts, tile, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """Find a tile's part (an expert's place, or a group), its first row and the part's end.
+
+    Part p has the rows from ``start[first_place[p]]`` to ``start[first_place[p + 1]]``. Tiles beyond
+    the last have part ``parts``.
+    """
+    part = tl.arange(0, PARTS)
+    live = part < parts
+    first = tl.load(first_place + part, mask=live, other=0)
+    after = tl.load(first_place + part + 1, mask=live, other=0)
+    begin = tl.load(start + first, mask=live, other=0)
+    end = tl.load(start + after, mask=live, other=0)
+    tiles = (end - begin + ROWS - 1) // ROWS
+    until = tl.cumsum(tiles, 0)
+    own = tl.sum((live & (until <= tile)).to(tl.int32), 0)
+    chosen = part == own
+    number = tile - tl.sum(tl.where(chosen, until - tiles, 0), 0)
+    return own, tl.sum(tl.where(chosen, begin, 0), 0) + number * ROWS, tl.sum(
+        tl.where(chosen, end, 0), 0
+    )
+
+
+@triton.jit
+def inner_rows(
+    x, a, order, start, places, expert_of_place, inner,
+    experts, width, top_k,
+    RANK: tl.constexpr, FILLED: tl.constexpr, BY_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Write ``A_e x`` of every row, in order: ``inner`` (N, R).
+
+    ``a`` is (E, R, width). ``x`` holds a token a row if ``BY_TOKEN``, else ordered rows.
+    """
+    place, first, end = _tile(start, places, experts, tl.program_id(0), ROWS, PARTS)
+    if place >= experts:
+        return
+    expert = tl.load(expert_of_place + place).to(tl.int64)
+    position = first + tl.arange(0, ROWS)
+    live = position < end
+    source = position
+    if BY_TOKEN:
+        source = tl.load(order + position, mask=live, other=0) // top_k
+    rank = tl.arange(0, FILLED)
+    x_row = x + source.to(tl.int64)[:, None] * width
+    a_row = a + expert * RANK * width + rank[None, :] * width
+    sums = tl.zeros([ROWS, FILLED], tl.float32)
+    for chunk in range(0, width, CHUNK):
+        column = chunk + tl.arange(0, CHUNK)
+        inside = column < width
+        x_MC = tl.load(x_row + column[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        a_CQ = tl.load(
+            a_row + column[:, None], mask=inside[:, None] & (rank < RANK)[None, :], other=0.0
+        )
+        sums = tl.dot(x_MC, a_CQ, sums, input_precision=PRECISION)
+    tl.store(
+        inner + position[:, None] * RANK + rank[None, :],
+        sums.to(inner.dtype.element_ty),
+        mask=live[:, None] & (rank < RANK)[None, :],
+    )
+
+
+@triton.jit
+def _deltas(
+    sums, inner, b, place, live, position, expert_of_place, lowest, highest, column, inside, height,
+    RANK: tl.constexpr, FILLED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Add ``B_e inner`` to a tile's sums, member by member; ``b`` is (E, height, R)."""
+    rank = tl.arange(0, FILLED)
+    in_rank = rank < RANK
+    inner_MQ = tl.load(
+        inner + position[:, None] * RANK + rank[None, :],
+        mask=live[:, None] & in_rank[None, :],
+        other=0.0,
+    )
+    for member in range(lowest, highest + 1):
+        expert = tl.load(expert_of_place + member).to(tl.int64)
+        b_QX = tl.load(
+            b + (expert * height + column)[None, :] * RANK + rank[:, None],
+            mask=inside[None, :] & in_rank[:, None],
+            other=0.0,
+        )
+        own_MQ = tl.where((place == member)[:, None], inner_MQ, 0.0).to(inner_MQ.dtype)
+        sums = tl.dot(own_MQ, b_QX, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _gated(gate, up, alpha, limit, GATING: tl.constexpr):
+    if GATING == 0:
+        return gate * tl.sigmoid(gate) * up
+    elif GATING == 1:
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    else:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        return (up + 1.0) * gate * tl.sigmoid(gate * alpha)
+
+
+@triton.jit
+def gate_up(
+    x, table, order, start, groups_first, index, place_of_expert, expert_of_place, weight,
+    scale, bias, inner, b, z,
+    groups, hidden, intermediate, top_k, alpha, limit,
+    RANK: tl.constexpr, FILLED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    GATING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Write every row's weighted neurons, in order: ``z`` (N, F).
+
+    ``h = s_e * (W_g x) + B_e inner + b_e`` and ``z = w * gating(gate half, up half)``.
+    """
+    group, first, end = _tile(start, groups_first, groups, tl.program_id(1), ROWS, PARTS)
+    if group >= groups:
+        return
+    position = first + tl.arange(0, ROWS)
+    live = position < end
+    row = tl.load(order + position, mask=live, other=0)
+    expert = tl.load(index + row, mask=live, other=0)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < intermediate
+
+    base = tl.load(table + group).to(tl.pointer_type(x.dtype.element_ty))
+    base = tl.multiple_of(base, 16)
+    x_row = x + (row // top_k).to(tl.int64)[:, None] * hidden
+    gate_row = base + column.to(tl.int64)[None, :] * hidden
+    up_row = gate_row + intermediate * hidden
+    gate_MX = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up_MX = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for chunk in range(0, hidden, CHUNK):
+        part = chunk + tl.arange(0, CHUNK)
+        if EVEN:
+            x_MC = tl.load(x_row + part[None, :], mask=live[:, None], other=0.0)
+            gate_CX = tl.load(gate_row + part[:, None])
+            up_CX = tl.load(up_row + part[:, None])
+        else:
+            fits = part < hidden
+            x_MC = tl.load(x_row + part[None, :], mask=live[:, None] & fits[None, :], other=0.0)
+            both = fits[:, None] & inside[None, :]
+            gate_CX = tl.load(gate_row + part[:, None], mask=both, other=0.0)
+            up_CX = tl.load(up_row + part[:, None], mask=both, other=0.0)
+        gate_MX = tl.dot(x_MC, gate_CX, gate_MX, input_precision=PRECISION)
+        up_MX = tl.dot(x_MC, up_CX, up_MX, input_precision=PRECISION)
+
+    at = expert.to(tl.int64)[:, None] * (2 * intermediate) + column[None, :]
+    valid = live[:, None] & inside[None, :]
+    if SCALE:
+        gate_MX *= tl.load(scale + at, mask=valid, other=0.0).to(tl.float32)
+        up_MX *= tl.load(scale + intermediate + at, mask=valid, other=0.0).to(tl.float32)
+    if RANK > 0:
+        place = tl.load(place_of_expert + expert, mask=live, other=0)
+        lowest = tl.min(tl.where(live, place, 2147483647), 0)
+        highest = tl.max(tl.where(live, place, -1), 0)
+        gate_MX = _deltas(
+            gate_MX, inner, b, place, live, position, expert_of_place, lowest, highest,
+            column, inside, 2 * intermediate, RANK, FILLED, PRECISION,
+        )
+        up_MX = _deltas(
+            up_MX, inner, b, place, live, position, expert_of_place, lowest, highest,
+            column + intermediate, inside, 2 * intermediate, RANK, FILLED, PRECISION,
+        )
+    if BIAS:
+        gate_MX += tl.load(bias + at, mask=valid, other=0.0).to(tl.float32)
+        up_MX += tl.load(bias + intermediate + at, mask=valid, other=0.0).to(tl.float32)
+    weight_M = tl.load(weight + row, mask=live, other=0.0).to(tl.float32)
+    z_MX = _gated(gate_MX, up_MX, alpha, limit, GATING) * weight_M[:, None]
+    tl.store(
+        z + position.to(tl.int64)[:, None] * intermediate + column[None, :],
+        z_MX.to(z.dtype.element_ty),
+        mask=valid,
+    )
+
+
+@triton.jit
+def down(
+    z, table, order, start, groups_first, index, place_of_expert, expert_of_place, weight,
+    bias, inner, b, y,
+    groups, hidden, intermediate,
+    RANK: tl.constexpr, FILLED: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write every row's output, as the rows are numbered: ``y`` (N, D)."""
+    group, first, end = _tile(start, groups_first, groups, tl.program_id(1), ROWS, PARTS)
+    if group >= groups:
+        return
+    position = first + tl.arange(0, ROWS)
+    live = position < end
+    row = tl.load(order + position, mask=live, other=0)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < hidden
+
+    base = tl.load(table + group).to(tl.pointer_type(z.dtype.element_ty))
+    base = tl.multiple_of(base, 16)
+    z_row = z + position.to(tl.int64)[:, None] * intermediate
+    base_row = base + column.to(tl.int64)[None, :] * intermediate
+    y_MX = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for chunk in range(0, intermediate, CHUNK):
+        part = chunk + tl.arange(0, CHUNK)
+        if EVEN:
+            z_MC = tl.load(z_row + part[None, :], mask=live[:, None], other=0.0)
+            base_CX = tl.load(base_row + part[:, None])
+        else:
+            fits = part < intermediate
+            z_MC = tl.load(z_row + part[None, :], mask=live[:, None] & fits[None, :], other=0.0)
+            both = fits[:, None] & inside[None, :]
+            base_CX = tl.load(base_row + part[:, None], mask=both, other=0.0)
+        y_MX = tl.dot(z_MC, base_CX, y_MX, input_precision=PRECISION)
+
+    valid = live[:, None] & inside[None, :]
+    expert = tl.load(index + row, mask=live, other=0)
+    if RANK > 0:
+        place = tl.load(place_of_expert + expert, mask=live, other=0)
+        lowest = tl.min(tl.where(live, place, 2147483647), 0)
+        highest = tl.max(tl.where(live, place, -1), 0)
+        y_MX = _deltas(
+            y_MX, inner, b, place, live, position, expert_of_place, lowest, highest,
+            column, inside, hidden, RANK, FILLED, PRECISION,
+        )
+    if BIAS:
+        weight_M = tl.load(weight + row, mask=live, other=0.0).to(tl.float32)
+        at = expert.to(tl.int64)[:, None] * hidden + column[None, :]
+        y_MX += weight_M[:, None] * tl.load(bias + at, mask=valid, other=0.0).to(tl.float32)
+    tl.store(
+        y + row.to(tl.int64)[:, None] * hidden + column[None, :],
+        y_MX.to(y.dtype.element_ty),
+        mask=valid,
+    )
+
+
+@triton.jit
+def sum_slots(y, out, hidden, top_k, COLUMNS: tl.constexpr):
+    """Sum the K rows of every token: ``y`` (T * K, D) to ``out`` (T, D)."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < hidden
+    total = tl.zeros([COLUMNS], tl.float32)
+    for slot in range(0, top_k):
+        at = y + (token * top_k + slot) * hidden + column
+        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=inside)

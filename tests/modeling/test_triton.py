@@ -1,0 +1,93 @@
+"""Triton's kernels against the slow twin: interpreted on a CPU, compiled where there is a GPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numeric import BF16, assert_close
+from random_experts import Sizes, random_call, random_experts
+from test_fused_experts import KINDS, gradients, layers
+from torch import Tensor
+
+from moefuse.errors import UserError
+from moefuse.modeling import FusedExperts, kernels
+from moefuse.modeling.kernels import triton_path
+from moefuse.modeling.naive import naive_forward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter multiplies bfloat16 as the integers that its bits are.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+@pytest.fixture(autouse=True)
+def by_triton() -> Iterator[None]:
+    kernels.use("triton")
+    yield
+    kernels.use("auto")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill whatever is allocated without a value with NaN."""
+
+    def poison(make: Any) -> Any:
+        def made(*given: Any, **options: Any) -> Tensor:
+            tensor = make(*given, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+def triton_forward(module: FusedExperts, x_TD: Tensor, index_TK: Tensor, w_TK: Tensor) -> Tensor:
+    assert module.fast_forward is kernels.offered
+    on_device = module.to(DEVICE)
+    return on_device(x_TD.to(DEVICE), index_TK.to(DEVICE), w_TK.to(DEVICE)).cpu()
+
+
+@given(layers())
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_outputs_and_gradients_are_those_of_the_slow_twin(
+    drawn: tuple[Sizes, dict[str, Any], int],
+) -> None:
+    sizes, options, seed = drawn
+    module = random_experts(sizes, seed=seed, may_be_empty=True, **options)
+    call = random_call(sizes, seed=seed)
+
+    expected = gradients(naive_forward, module, call)
+    actual = gradients(triton_forward, module, call)
+
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(actual[name].cpu(), expected[name])
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("rank", [0, 5, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_beyond_one_tile(rank: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    sizes = Sizes(
+        tokens=41, experts=9, top_k=4, groups=3, rank=rank, hidden=40, intermediate=72, hit=9
+    )
+    module = random_experts(sizes, **options).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter *= 0.3
+    x_TD, index_TK, w_TK = random_call(sizes)
+    x_TD = x_TD.to(dtype)
+
+    with torch.no_grad():
+        y_TD = triton_forward(module, x_TD, index_TK, w_TK)
+
+    expected = naive_forward(module.cpu(), x_TD, index_TK, w_TK)
+    assert_close(y_TD.float(), expected, 1e-4 if dtype == torch.float32 else BF16)
+    assert y_TD.dtype == dtype
