@@ -180,9 +180,7 @@ def _opaque(
 
 
 @_opaque.register_fake
-def _opaque_shape(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, number: int
-) -> Tensor:
+def _opaque_shape(hidden_states: Tensor, *_: Tensor | int) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
