@@ -87,7 +87,7 @@ $(ENGINES)/vllm: tests_engines/vllm_requirements.py tests_engines/vllm_name/pypr
 	$(ENGINES)/bin/python tests_engines/vllm_requirements.py > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install --quiet --constraint $(ENGINES)/constraints.txt \
 		--requirement $(ENGINES)/requirements.txt 'transformers>=5.16.1,<5.20' \
-		openai 'pytest>=8.3' 'pytest-timeout>=2.3'
+		openai 'pytest>=8.3' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
 	$(ENGINES)/bin/python -m pip install --quiet --no-deps ./tests_engines/vllm_name
 	touch $@
 

@@ -43,14 +43,17 @@ def generate(path: Path, tmp_path: Path, environment: dict[str, str], **options:
 @pytest.mark.parametrize(
     ("name", "eager"),
     [
-        ("bundled-16", True),
-        ("bundled-8", True),
-        ("bundled-4", True),
-        ("bundled-4", False),
-        ("bundled-2", True),
-        ("bundled-2-bit", True),
-        ("qwen3_moe", False),
-        ("mixtral", True),
+        pytest.param(name, eager, marks=pytest.mark.xdist_group(group))
+        for name, eager, group in (
+            ("bundled-16", True, "bundled"),
+            ("bundled-8", True, "bundled"),
+            ("bundled-4", True, "bundled"),
+            ("bundled-4", False, "bundled"),
+            ("bundled-2", True, "bundled"),
+            ("bundled-2-bit", True, "others"),
+            ("qwen3_moe", False, "others"),
+            ("mixtral", True, "others"),
+        )
     ],
 )
 def test_the_plugin_gives_the_tokens_of_transformers(
@@ -65,6 +68,7 @@ def test_the_plugin_gives_the_tokens_of_transformers(
     assert made["alone"] == expected
 
 
+@pytest.mark.xdist_group("others")
 @pytest.mark.parametrize("name", ["bundled-4", "bundled-neurons"])
 def test_without_moefuse_the_tokens_are_the_same(
     name: str, student: Student, tmp_path: Path
@@ -86,6 +90,7 @@ def test_without_moefuse_the_tokens_are_the_same(
     assert made["alone"] == expected
 
 
+@pytest.mark.xdist_group("others")
 def test_what_cannot_be_served_is_refused_in_one_sentence(student: Student, tmp_path: Path) -> None:
     later = shutil.copytree(student("bundled-4"), tmp_path / "later")
     config = json.loads((later / "config.json").read_text())

@@ -2,14 +2,19 @@
 
 from typing import Any
 
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
-
 from moefuse.errors import UserError
 from moefuse.export.assemble import FORMAT_VERSION
 
 
-class FusedSettings(VerifyAndUpdateConfig):
-    """vLLM calls these when it is told to serve a fused checkpoint, before any weight is read."""
+class FusedSettings:
+    """What vLLM's ``VerifyAndUpdateConfig`` is for one architecture.
+
+    vLLM calls these when it is told to serve a fused checkpoint, before any weight is read.
+    """
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Change nothing of how vLLM runs."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
