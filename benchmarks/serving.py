@@ -1,11 +1,12 @@
 """Requests and tokens a second and resident memory of vLLM: a teacher against its students.
 
 Each is served alone by ``vllm serve`` and gets the same load: requests of mixed lengths, so many at
-once. The teacher is run by vLLM's own class, with what that needs on a CPU to be right
+once. The teacher is run by vLLM's own class, on a CPU with what it needs there to be right
 (docs/serving.md). Memory is that of all processes of the server, shared pages counted once, before
 the load and at its end. Run it in the engines' environment:
 
     .venv-engines/bin/python benchmarks/serving.py TEACHER STUDENT ...
+    python benchmarks/serving.py TEACHER STUDENT ... --at-once 1 8 32 128 --requests 512  # GPU
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from moefuse.artifacts import write_json, write_text
 from moefuse.evaluation.machine import machine_meta
@@ -96,7 +98,7 @@ def measure(path: Path, loads: list[Load], flags: list[str]) -> list[Measured]:
     config = json.loads((path / "config.json").read_text())
     command = ["vllm", "serve", str(path), "--no-enable-prefix-caching", *flags]
     environment: dict[str, str] = {}
-    if not is_fused(config):
+    if not is_fused(config) and not torch.cuda.is_available():
         command += TEACHER_FLAGS
         environment = TEACHER_ENVIRONMENT
     found = []
@@ -160,7 +162,8 @@ def main() -> None:
         rows += measure(path, loads, flags)
         print(table(rows), flush=True)
     details: dict[str, Any] = {"loads": [asdict(load) for load in loads], "flags": flags}
-    meta = machine_meta(" ".join(sys.argv), **details)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    meta = machine_meta(" ".join(sys.argv), device=device, **details)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out.with_suffix(".json"), {"meta": meta, "rows": [asdict(r) for r in rows]})
     write_text(options.out.with_suffix(".md"), table(rows))
