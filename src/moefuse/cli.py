@@ -560,6 +560,21 @@ def push_command(
         typer.echo(push(upload))
 
 
+@app.command("serve")
+def serve_command(
+    checkpoint: Checkpoint,
+    flags: Annotated[
+        list[str] | None, typer.Argument(help="After --, further flags of 'vllm serve'.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+) -> None:
+    """Serve a checkpoint as OpenAI's API does, by vLLM or else by Transformers."""
+    from moefuse.serve import serve
+
+    serve(checkpoint, host=host, port=port, flags=flags or ())
+
+
 @app.command("scaling")
 @with_settings(
     *UP_TO_CALIBRATE,

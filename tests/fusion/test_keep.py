@@ -185,7 +185,7 @@ def test_without_own_neurons_shared_ones_are_fitted_to_the_whole_layer(metric: b
 
     layer = LayerPlan(neurons={}, shared=5)
     made = keep(EXPERTS, CALL, ENERGY_EF, nothing_EF, FULL, layer, root_DD)
-    values_PSD = made.module.shared.weight.detach()  # type: ignore[union-attr, operator]
+    values_PSD = made.module.shared.read(0, None).detach()  # type: ignore[union-attr, operator]
     rows_PND = layer_neurons(EXPERTS, torch.arange(E * F))
 
     assert made.module.gain.weight.eq(1).all()  # type: ignore[union-attr]

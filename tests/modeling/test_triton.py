@@ -45,7 +45,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def triton_forward(module: FusedExperts, x_TD: Tensor, index_TK: Tensor, w_TK: Tensor) -> Tensor:
-    assert module.fast_forward is kernels.offered
+    assert module.fast_compute is kernels.offered
     on_device = module.to(DEVICE)
     return on_device(x_TD.to(DEVICE), index_TK.to(DEVICE), w_TK.to(DEVICE)).cpu()
 

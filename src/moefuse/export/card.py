@@ -301,7 +301,7 @@ model = moefuse.load("{name}")
 | engine | how |
 |---|---|
 | Transformers, moefuse | as above |
-| vLLM | `vllm serve {name} --trust-remote-code` (Transformers backend); not yet tested |
+| vLLM | `vllm serve {name} --trust-remote-code`; with moefuse beside it, `vllm serve {name}` |
 | llama.cpp, ExLlama, other engines | not yet |
 | quantisers | not yet tested one by one |"""
 

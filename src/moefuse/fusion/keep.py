@@ -124,7 +124,7 @@ def _put(rows: nn.Module | None, name: str, values: Tensor, latents: dict[str, T
         encode(rows, values)
         latents[name] = values
     else:
-        rows.weight.copy_(values)  # type: ignore[union-attr, operator]
+        rows.weight.copy_(values.flatten(0, 1))  # type: ignore[union-attr, operator]
 
 
 def _passed(experts: Experts, number_C: Tensor, rows_PCD: Tensor, x_ND: Tensor) -> Tensor:

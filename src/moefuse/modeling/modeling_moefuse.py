@@ -29,10 +29,13 @@ O own neurons of one expert, S shared neurons, M rows of a matrix, I their width
 one code stands for, B bytes.
 """
 
+import itertools
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import transformers
@@ -190,6 +193,62 @@ class LowRankDelta(nn.Module):
 DELTA_KINDS: dict[str, Callable[[int, int, int, int], nn.Module]] = {"low_rank": LowRankDelta}
 
 
+class OpaqueExperts(nn.Module):
+    """Experts that stand in a compiled graph as one operation, which is not looked into.
+
+    How many rows an expert gets is known only when it runs, so a graph that must be whole, as
+    vLLM's has to be, cannot hold what ``compute`` does. Without gradients ``forward`` is therefore
+    one operator when compiled; ``number`` tells it which module it stands for. With gradients, and
+    where nothing is compiled, ``compute`` is called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._take_number()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has weights of its own, and so needs a number of its own."""
+        super().__setstate__(state)
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_numbers)
+        _experts_by_number[self.number] = self
+
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the routed experts' output; see ``forward``."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the routed experts' output, (T, D), in the dtype of ``hidden_states``.
+
+        ``hidden_states`` is (T, D); ``top_k_index`` (T, K) integers below E; ``top_k_weights``
+        (T, K) floats.
+        """
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return _opaque(hidden_states, top_k_index, top_k_weights, self.number)
+        return self.compute(hidden_states, top_k_index, top_k_weights)
+
+
+_numbers = itertools.count()
+_experts_by_number: WeakValueDictionary[int, OpaqueExperts] = WeakValueDictionary()
+
+
+# This file may be loaded more than once in a process, as moefuse's own and as checkpoints'; each
+# keeps modules of its own, so each needs an operator of its own.
+@torch.library.custom_op("moefuse::" + re.sub(r"\W", "_", __name__), mutates_args=())
+def _opaque(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, number: int
+) -> Tensor:
+    y_TD = _experts_by_number[number].compute(hidden_states, top_k_index, top_k_weights)
+    return y_TD.contiguous()
+
+
+@_opaque.register_fake
+def _opaque_shape(hidden_states: Tensor, *_: Tensor | int) -> Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
 class BaseExpert(nn.Module):
     """The weights that the members of one group share, as plain linear layers.
 
@@ -203,7 +262,7 @@ class BaseExpert(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
 
-class FusedExperts(nn.Module):
+class FusedExperts(OpaqueExperts):
     """A drop-in for a Transformers experts module: E experts made of G bases and E deltas.
 
     Arguments: ``hidden`` D, ``intermediate`` F, ``experts`` E, ``groups`` G, ``rank`` R (0: no
@@ -231,7 +290,7 @@ class FusedExperts(nn.Module):
         super().__init__()
         self.num_experts = experts
         self.gating = gating
-        self.fast_forward = installed_kernels()
+        self.fast_compute = installed_kernels()
         self.bases = nn.ModuleList(BaseExpert(hidden, intermediate) for _ in range(groups))
         self.delta: Any = DELTA_KINDS[delta](experts, hidden, intermediate, rank) if rank else None
         self.scale = nn.Parameter(torch.ones(experts, 2 * intermediate)) if scale else None
@@ -247,22 +306,18 @@ class FusedExperts(nn.Module):
             for linear in base.children():
                 nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the routed experts' output, (T, D), in the dtype of ``hidden_states``.
-
-        ``hidden_states`` is (T, D); ``top_k_index`` (T, K) integers below E; ``top_k_weights``
-        (T, K) floats.
-        """
-        if self.fast_forward is not None:
-            y_TD = self.fast_forward(self, hidden_states, top_k_index, top_k_weights)
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the routed experts' output; see ``forward``."""
+        if self.fast_compute is not None:
+            y_TD = self.fast_compute(self, hidden_states, top_k_index, top_k_weights)
             if y_TD is not None:
                 return y_TD
-        return self.plain_forward(hidden_states, top_k_index, top_k_weights)
+        return self.plain_compute(hidden_states, top_k_index, top_k_weights)
 
-    def plain_forward(
+    def plain_compute(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """Do what ``forward`` does with PyTorch alone."""
+        """Return the routed experts' output with PyTorch alone."""
         tokens, top_k = top_k_index.shape
         expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
         token_N = order_N // top_k
@@ -336,15 +391,20 @@ CODED: dict[str, tuple[int, int]] = {
 
 
 class PlainRows(nn.Module):
-    """Rows as they are: ``weight`` (parts, rows, width)."""
+    """Rows as they are: ``weight`` (parts * rows, width), one part after another.
+
+    A matrix, because vLLM takes a module named ``experts`` that holds nothing but 3-D parameters
+    for an ordinary Mixture-of-Experts layer and puts its own in its place.
+    """
 
     def __init__(self, parts: int, rows: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(parts, rows, width))
+        self.shape = (parts, rows, width)
+        self.weight = nn.Parameter(torch.empty(parts * rows, width))
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return some of the rows, (parts, stop - start, width)."""
-        return self.weight[:, start:stop]
+        return self.weight.view(self.shape)[:, start:stop]
 
 
 class CodedRows(nn.Module):
@@ -404,7 +464,7 @@ def own_name(bits: str) -> str:
     return "bits" + bits.replace(".", "_")
 
 
-class NeuronExperts(nn.Module):
+class NeuronExperts(OpaqueExperts):
     """A drop-in for a Transformers experts module: own neurons at unequal bits, shared neurons.
 
     Arguments: ``hidden`` D, ``experts`` E, ``gating`` the teacher's, ``neurons`` how many of the
@@ -449,12 +509,8 @@ class NeuronExperts(nn.Module):
             if isinstance(module, PlainRows):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the routed experts' output, (T, D), in the dtype of ``hidden_states``.
-
-        ``hidden_states`` is (T, D); ``top_k_index`` (T, K) integers below E; ``top_k_weights``
-        (T, K) floats.
-        """
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the routed experts' output; see ``forward``."""
         y_TD = torch.zeros_like(hidden_states, dtype=torch.float32)
         expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
         token_N = order_N // top_k_index.shape[1]

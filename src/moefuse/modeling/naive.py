@@ -125,7 +125,7 @@ def all_rows(rows: torch.nn.Module) -> Tensor:
     A row's bytes are one number, the first byte lowest, in which the first code is lowest.
     """
     if not isinstance(rows, CodedRows):
-        return rows.weight.float()  # type: ignore[union-attr, operator]
+        return rows.weight.float().view(rows.shape)  # type: ignore[union-attr, operator]
     parts, count, _ = rows.codes.shape
     decoded = torch.zeros(parts, count, rows.width)
     for part in range(parts):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.mathematics.codebooks import fit_codebook, nearest, pack_codes
-from moefuse.modeling.modeling_moefuse import CodedRows, Gating, NeuronExperts
+from moefuse.modeling.modeling_moefuse import CodedRows, Gating, NeuronExperts, OpaqueExperts
 
 CHOSEN_EVERY = 8
 """Steps after which codes are chosen anew."""
@@ -119,7 +119,7 @@ class TrainedNeuronExperts(NeuronExperts):
     def __init__(self, experts: NeuronExperts, latents: Mapping[str, Tensor]) -> None:
         """Take over ``experts``; ``latents`` are the rows that its coded rows stand for, by name
         (``own.bits2``, ``shared``, ``gain``), each (parts, rows, width)."""
-        nn.Module.__init__(self)
+        OpaqueExperts.__init__(self)
         self.num_experts, self.gating = experts.num_experts, experts.gating
         self.register_buffer("widths", experts.widths)
         self.own = nn.ModuleDict(

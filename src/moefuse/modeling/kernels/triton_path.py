@@ -1,8 +1,7 @@
 """The fused experts by Triton: six kernels, no copy of the weights, no wait for the host.
 
-``fused_experts`` is a custom operator, so ``torch.compile`` passes over it without a break and a
-CUDA graph captures it (after one call outside the capture, as all of Triton's kernels need). Its
-gradients are those of the plain way, computed anew.
+A CUDA graph captures them after one call outside the capture. Gradients are those of the plain
+way, computed anew.
 """
 
 from dataclasses import dataclass
@@ -97,7 +96,6 @@ def _filled(number: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(number))
 
 
-@torch.library.custom_op("moefuse::fused_experts", mutates_args=())
 def fused_experts(
     x_TD: Tensor,
     index_TK: Tensor,
@@ -187,11 +185,6 @@ def fused_experts(
     return out_TD
 
 
-@fused_experts.register_fake
-def _(x_TD: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_TD)
-
-
 def _gating_of(gating: Any) -> tuple[int, float, float] | None:
     """Return the kernels' number, alpha and limit of a gating that they know."""
     if isinstance(gating, ClampedGating):
@@ -253,7 +246,7 @@ class _PlainWay(torch.nn.Module):
         self.module = module
 
     def forward(self, *call: Tensor) -> Tensor:
-        return self.module.plain_forward(*call)
+        return self.module.plain_compute(*call)
 
 
 class _WithGradients(torch.autograd.Function):
