@@ -33,6 +33,7 @@ from moefuse.config import (
     TeachConfig,
     build,
     fields_of,
+    parse_bytes,
     parse_count,
     read_yaml,
 )
@@ -558,6 +559,35 @@ def push_command(
         typer.echo(describe(upload))
     else:
         typer.echo(push(upload))
+
+
+@app.command("expand")
+def expand_command(
+    student: Annotated[Path, typer.Argument(help="A checkpoint that moefuse wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the plain checkpoint.")],
+    dtype: Annotated[
+        str, typer.Option(help="What experts are stored in: auto (the student's), float32, ...")
+    ] = "auto",
+    drop_biases: Annotated[
+        bool,
+        typer.Option("--drop-biases", help="Leave out biases, which ordinary experts cannot have."),
+    ] = False,
+    max_shard: Annotated[str, typer.Option(help="Largest size of one weight file.")] = "4GB",
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Write all experts of a student out, for engines of its teacher's family; saves no memory."""
+    from moefuse.export.expand import expand, render_expanded
+
+    result = expand(
+        student,
+        out,
+        dtype=dtype,
+        drop_biases=drop_biases,
+        overwrite=overwrite,
+        max_shard_bytes=parse_bytes(max_shard, "--max-shard"),
+    )
+    _print_json(result.to_json()) if json_ else typer.echo(render_expanded(result))
 
 
 @app.command("scaling")

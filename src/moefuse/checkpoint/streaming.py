@@ -12,12 +12,13 @@ would read the whole model again.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.errors import UserError
@@ -53,7 +54,8 @@ class _Recorder(nn.Module):
 def _without_weights(reader: CheckpointReader) -> Any:
     """Build the model that the configuration means on the meta device."""
     try:
-        config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False)
+        native = getattr(transformers, reader.family.config_class)
+        config = native.from_dict(deepcopy(reader.config))
         config.use_cache = False
         with torch.device("meta"):
             return getattr(transformers, reader.family.causal_lm)(config)
@@ -262,6 +264,11 @@ def whole_model(
     every device. ``dtype`` is by default that of the experts once plain.
     """
     return StreamedTeacher(reader, device=device, dtype=dtype or reader.dtype).whole()
+
+
+def whole_model_shapes(reader: CheckpointReader) -> dict[str, torch.Size]:
+    """Return the shape of every tensor that the model of ``reader``'s configuration has."""
+    return {name: tensor.shape for name, tensor in _without_weights(reader).state_dict().items()}
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

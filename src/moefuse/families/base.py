@@ -235,6 +235,8 @@ class Family:
     """What published checkpoints call an expert's gate, up and down projections."""
     rename: tuple[tuple[str, str], ...] = ()
     """Pairs (regular expression on a checkpoint's name, replacement) that give module names."""
+    publish: tuple[tuple[str, str], ...] = ()
+    """The same the other way: pairs on a module's name that give what published checkpoints say."""
 
     unused: tuple[str, ...] = ()
     """How the names of published tensors start that Transformers does not load."""
@@ -314,5 +316,14 @@ class Family:
     def module_name(self, name: str) -> str:
         """Return what Transformers calls the tensor that the checkpoint calls ``name``."""
         for pattern, replacement in self.rename:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def published_name(self, name: str) -> str:
+        """Return what published checkpoints call the tensor that Transformers calls ``name``.
+
+        Routed experts, which Transformers stacks, have names of their own: ``expert_names``.
+        """
+        for pattern, replacement in self.publish:
             name = re.sub(pattern, replacement, name)
         return name
