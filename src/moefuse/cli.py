@@ -21,6 +21,7 @@ from moefuse.artifacts import disk_full
 from moefuse.config import (
     AssembleConfig,
     CalibrateConfig,
+    CollapseConfig,
     ComputeConfig,
     DistillConfig,
     FactorConfig,
@@ -559,6 +560,34 @@ def push_command(
         typer.echo(describe(upload))
     else:
         typer.echo(push(upload))
+
+
+@app.command("collapse")
+@with_settings(ComputeConfig, CollapseConfig)
+def collapse_command(
+    student: Annotated[Path, typer.Argument(help="A checkpoint that moefuse wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the plain checkpoint.")],
+    values: dict[str, Any],
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens to heal the whole on, such as 4M. [default: it is not healed]"),
+    ] = None,
+    heal_data: HealData = None,
+    healing: HealingFile = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Make a plain model with one expert for each group; tell what it loses against the student."""
+    from moefuse.collapse import collapse, render_collapsed
+
+    result = collapse(
+        student,
+        out,
+        values,
+        healing=_compared_healing(heal_tokens, heal_data, healing),
+        overwrite=overwrite,
+    )
+    _print_json(result.to_json()) if json_ else typer.echo(render_collapsed(result))
 
 
 @app.command("expand")

@@ -10,7 +10,7 @@ would read the whole model again.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.errors import UserError
+from moefuse.families import Family
 from moefuse.mathematics.experts import ExpertsCall
 
 
@@ -51,14 +52,17 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+def native_model(family: Family, settings: Mapping[str, Any]) -> Any:
+    """Build the model of a ``config.json`` on the meta device, where weights take no memory."""
+    config = getattr(transformers, family.config_class).from_dict(deepcopy(dict(settings)))
+    config.use_cache = False
+    with torch.device("meta"):
+        return getattr(transformers, family.causal_lm)(config)
+
+
 def _without_weights(reader: CheckpointReader) -> Any:
-    """Build the model that the configuration means on the meta device."""
     try:
-        native = getattr(transformers, reader.family.config_class)
-        config = native.from_dict(deepcopy(reader.config))
-        config.use_cache = False
-        with torch.device("meta"):
-            return getattr(transformers, reader.family.causal_lm)(config)
+        return native_model(reader.family, reader.config)
     except Exception as error:  # every family checks its own fields in its own way
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise UserError(
@@ -264,11 +268,6 @@ def whole_model(
     every device. ``dtype`` is by default that of the experts once plain.
     """
     return StreamedTeacher(reader, device=device, dtype=dtype or reader.dtype).whole()
-
-
-def whole_model_shapes(reader: CheckpointReader) -> dict[str, torch.Size]:
-    """Return the shape of every tensor that the model of ``reader``'s configuration has."""
-    return {name: tensor.shape for name, tensor in _without_weights(reader).state_dict().items()}
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefuse.checkpoint.streaming import whole_model_shapes
+from moefuse.checkpoint.streaming import native_model
 from moefuse.devices import WORKING
 from moefuse.errors import UserError
 from moefuse.export.plain import MAX_SHARD_BYTES, write_plain
@@ -25,8 +25,8 @@ NEURONS_TOGETHER = 32
 """Wider experts get a multiple of these: engines' kernels and quantisers want such."""
 EXPANDED = (
     "Every expert of the fused student {student}, written out as an ordinary one: the same "
-    "function in the architecture of {base}, without any code of its own. It is for checking and for "
-    "engines that know that architecture only, and saves no memory against the original: "
+    "function in the architecture of {base}, without any code of its own. It is for checking and "
+    "for engines that know that architecture only, and saves no memory against the original: "
     "{bytes}, where the student takes {student_bytes}."
 )
 WITHOUT_BIASES = (
@@ -75,7 +75,8 @@ def expand(
     if reader.has_biases and not drop_biases:
         raise UserError(
             f"{student} has a bias on every expert's neurons, which an ordinary expert cannot "
-            "have; pass --drop-biases to write it without them, as another function than the student's."
+            "have; pass --drop-biases to write it without them, as another function than the "
+            "student's."
         )
     stored = reader.dtype if dtype == "auto" else _dtype(dtype)
     width, needed = reader.shape.intermediate, reader.widest()
@@ -104,7 +105,8 @@ class Padding:
     """Fills up what grows along with the experts, such as shared experts, with zeros."""
 
     def __init__(self, reader: StudentReader) -> None:
-        self.shapes = whole_model_shapes(reader)
+        state = native_model(reader.family, reader.config).state_dict()
+        self.shapes = {name: tensor.shape for name, tensor in state.items()}
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """Return ``tensor``, 1-D or 2-D, as large as the wider model wants it."""

@@ -5,11 +5,10 @@ them. The directory appears whole, by a rename.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moefuse import artifacts
@@ -62,11 +61,13 @@ def write_plain(
     description: str,
     change: Callable[[str, Tensor], Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint of the plain model of ``config``, one layer in memory at a time.
 
     All that is beside the experts comes from ``reader``, as ``change`` has it; ``experts(layer)``
-    returns those of one layer in the dtype that they are stored in. ``card`` is its ``README.md``.
+    returns those of one layer in the dtype that they are stored in. ``card`` is its ``README.md``,
+    ``beside`` what further JSON files hold, by name.
     """
     partial = artifacts.partial_directory(out)
     family = reader.family
@@ -85,9 +86,6 @@ def write_plain(
         shutil.copyfile(path, target)
     artifacts.write_json(partial / CONFIG, config)
     artifacts.write_text(partial / CARD, card)
+    for name, value in (beside or {}).items():
+        artifacts.write_json(partial / name, value)
     artifacts.finish_directory(partial, out)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return floats in ``dtype`` and all else as it is."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -286,6 +286,19 @@ class Family:
         present = [key for key in spelled if key in config] or [self.experts_count_key]
         return {**config, **dict.fromkeys(present, experts)}
 
+    def with_fewer_experts(self, config: Config, experts: int) -> dict[str, Any]:
+        """Return a copy of ``config`` with ``experts`` routed experts a layer, all in one pool.
+
+        A token chooses at most all of them. Limits to groups of experts (``n_group``,
+        ``topk_group``; arXiv:2405.04434, section 2.2.2) are lifted, because so few experts need
+        not divide into them.
+        """
+        top_k = min(require(same_in_every_layer(config, self.top_k_key), self.top_k_key), experts)
+        lifted: dict[str, Any] = {key: 1 for key in ("n_group", "topk_group") if config.get(key)}
+        if config.get("topk_method") == "group_limited_greedy":
+            lifted["topk_method"] = "greedy"
+        return {**self.with_expert_count(config, experts), self.top_k_key: top_k, **lifted}
+
     def layer_prefix(self, layer: int) -> str:
         """Return what every tensor name of a decoder layer starts with: ``"model.layers.3."``."""
         return f"{self.layers_path}.{layer}."
