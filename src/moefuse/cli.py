@@ -562,6 +562,54 @@ def push_command(
         typer.echo(push(upload))
 
 
+export_app = typer.Typer(
+    help="Write a plain checkpoint in the form of another engine.", no_args_is_help=True
+)
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("gguf")
+def gguf_command(
+    checkpoint: Annotated[str, typer.Argument(help="A plain checkpoint: a directory or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The file to write; its name ends in .gguf.")],
+    quant: Annotated[
+        str,
+        typer.Option(
+            help="auto (as stored), F32, F16, BF16, Q8_0; with llama-cpp-python also Q4_K_M, ..."
+        ),
+    ] = "auto",
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="llama.cpp's name for how text is cut. [default: told by the tokenizer]"),
+    ] = None,
+    stand_in_query: Annotated[
+        bool,
+        typer.Option(
+            "--stand-in-query",
+            help="Write whole queries as low-rank ones, which llama.cpp wants of DeepSeek models.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Write a GGUF file for llama.cpp, of a teacher or of what collapse and expand made."""
+    from moefuse.export.gguf.write import export_gguf, render_gguf
+
+    result = export_gguf(
+        checkpoint,
+        out,
+        quant=quant,
+        pre_tokenizer=pre_tokenizer,
+        stand_in_query=stand_in_query,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_json(result.to_json()) if json_ else typer.echo(render_gguf(result))
+
+
 @app.command("collapse")
 @with_settings(ComputeConfig, CollapseConfig)
 def collapse_command(

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from moefuse.errors import UserError
+from moefuse.families._gguf import Gguf
 
 Config = Mapping[str, Any]
 
@@ -237,6 +238,9 @@ class Family:
     """Pairs (regular expression on a checkpoint's name, replacement) that give module names."""
     publish: tuple[tuple[str, str], ...] = ()
     """The same the other way: pairs on a module's name that give what published checkpoints say."""
+
+    gguf: Gguf | None = None
+    """How llama.cpp runs the family; None where no file for it is written."""
 
     unused: tuple[str, ...] = ()
     """How the names of published tensors start that Transformers does not load."""
