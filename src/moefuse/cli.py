@@ -562,6 +562,18 @@ def push_command(
         typer.echo(push(upload))
 
 
+@app.command("import")
+def import_command(
+    old: Annotated[Path, typer.Argument(help="A checkpoint of the fused releases of 2025.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the imported checkpoint.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Read a fused checkpoint of the layout published in 2025, and write it in moefuse's own."""
+    from moefuse.export.published import import_published
+
+    typer.echo(f"Imported to {import_published(old, out, overwrite=overwrite)}.")
+
+
 export_app = typer.Typer(
     help="Write a plain checkpoint in the form of another engine.", no_args_is_help=True
 )

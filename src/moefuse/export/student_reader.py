@@ -18,7 +18,7 @@ from moefuse.errors import UserError
 from moefuse.export.ordinary import ordinary_experts, widest
 from moefuse.families import Family, all_families
 from moefuse.modeling import is_fused
-from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts
+from moefuse.modeling.modeling_moefuse import MULTIPLEXED, FusedExperts, NeuronExperts
 from moefuse.sizes import LayerPlan, make_experts
 
 PREDICTION_LAYERS = "num_nextn_predict_layers"
@@ -47,6 +47,11 @@ class StudentReader(CheckpointReader):
         block = headers.config["moefuse"]
         family = all_families()[block["teacher_model_type"]]
         config = plain_config(headers.config, family)
+        if any(plan["delta"] in MULTIPLEXED for plan in block["layers"].values()):
+            raise UserError(
+                f"{directory} was imported from an older layout, which mixes its members before "
+                "the non-linearity: no ordinary experts compute that, so it has no plain form."
+            )
         plans = {int(layer): LayerPlan(**plan) for layer, plan in block["layers"].items()}
         shape = family.shape(config)
         return cls(headers.source, directory, config, headers.tensors, family, shape, plans=plans)
