@@ -1,6 +1,7 @@
 """What all tests that run llama.cpp share; they are no part of the usual suite."""
 
 import ctypes
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,15 @@ import llama_cpp
 import pytest
 import torch
 from tiny import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -20,18 +29,53 @@ VOCABULARY = 400
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that cuts as GPT-2 does."""
+    return cutting_tokenizer(("bytes",))
+
+
+def cutting_tokenizer(cuts: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer that knows all bytes, trained on this library's own source."""
+    steps: list[Any] = []
+    for cut in cuts:
+        if cut == "digits":
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        elif cut != "bytes":
+            steps.append(pre_tokenizers.Split(Regex(cut), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cuts == ("bytes",)))
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     trained.decoder = decoders.ByteLevel()
+    return _trained(trained, ["<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet())
+
+
+def tokenizer_of_pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer like Mixtral's: pieces with a mark for spaces, bytes for what has no piece."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trained.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trained.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    return _trained(trained, ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))], [])
+
+
+def _trained(
+    tokenizer: Tokenizer, special: list[str], alphabet: list[str]
+) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=len(special) + VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=alphabet,
         show_progress=False,
     )
-    trained.train([str(path) for path in sorted(PYTHON.glob("*.py"))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>")
+    lines = [line for path in sorted(PYTHON.glob("*.py")) for line in path.read_text().splitlines()]
+    tokenizer.train_from_iterator(lines, trainer)
+    stored = json.loads(tokenizer.to_str())
+    bytes_ = [entry for entry in stored["added_tokens"] if entry["content"].startswith("<0x")]
+    # Bytes are plain tokens there, which no text spells.
+    stored["added_tokens"] = [e for e in stored["added_tokens"] if e not in bytes_]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(stored)), bos_token="<s>", eos_token="</s>"
+    )
 
 
 def save(path: Path, family: str, tokenizer: Any, **changes: Any) -> Any:

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import expected, greedy, loaded, logits, prompts, save
+from conftest import (
+    cutting_tokenizer,
+    expected,
+    greedy,
+    loaded,
+    logits,
+    prompts,
+    save,
+    tokenizer_of_pieces,
+)
 from numeric import assert_close
 from running import write_text
 from transformers import AutoModelForCausalLM
@@ -16,6 +25,7 @@ from moefuse.collapse import collapse
 from moefuse.corpus import load_documents, tokenize
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.expand import expand
+from moefuse.export.gguf.vocabulary import PRE_TOKENIZERS
 from moefuse.export.gguf.write import export_gguf
 from moefuse.pipeline import fuse
 
@@ -121,12 +131,21 @@ def losses(logits_TV: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
 
 
-def test_text_becomes_the_same_tokens(tokenizer: Any, tmp_path: Path) -> None:
-    save(tmp_path / "plain", "qwen3_moe", tokenizer, norm_topk_prob=True)
-    export_gguf(tmp_path / "plain", tmp_path / "f32.gguf")
+TEXTS = [
+    "def add(first, second):\n    return 12 + second  # it's",
+    "naïve 數 😀\t\n\n x",
+    "WE'LL see: 1234567 (x+=1)\r\n\r\n  don't   stop!! ",
+]
 
-    texts = ["def add(first, second):\n    return 12 + second  # it's", "naïve 數 😀\t\n\n x"]
+
+@pytest.mark.parametrize("cut", [*PRE_TOKENIZERS, None])
+def test_text_becomes_the_same_tokens(cut: tuple[str, ...] | None, tmp_path: Path) -> None:
+    made = cutting_tokenizer(cut) if cut else tokenizer_of_pieces()
+    save(tmp_path / "plain", "qwen3_moe", made, norm_topk_prob=True)
+    found = export_gguf(tmp_path / "plain", tmp_path / "f32.gguf")
+
+    assert found.pre_tokenizer == (PRE_TOKENIZERS[cut] if cut else "default")
     with loaded(tmp_path / "f32.gguf") as engine:
-        for text in texts:
-            found = engine.tokenize(text.encode(), add_bos=False, special=True)
-            assert found == tokenizer(text)["input_ids"]
+        for text in TEXTS:
+            told = engine.tokenize(text.encode(), add_bos=False, special=True)
+            assert told == made(text)["input_ids"], text
