@@ -6,15 +6,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from numeric import BF16, assert_close
 from random_experts import Sizes, random_call, random_experts
 from test_fused_experts import KINDS, gradients, layers
 from torch import Tensor
 
-from moefuse.errors import UserError
 from moefuse.modeling import FusedExperts, kernels
-from moefuse.modeling.kernels import triton_path
 from moefuse.modeling.naive import naive_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -127,7 +127,7 @@ class ServedExperts(OpaqueExperts):
                 f"Experts of {intermediate} neurons cannot be split over {devices} devices; give "
                 "--tensor-parallel-size a divisor of them."
             )
-        self.act_fn, self.num_experts = fused.act_fn, fused.num_experts
+        self.gating, self.num_experts = fused.gating, fused.num_experts
         self.rank, self.devices, self.sum_over_devices = rank, devices, sum_over_devices
         share, hidden = intermediate // devices, first.down_proj.out_features
         groups, experts = len(fused.bases), fused.num_experts
@@ -172,7 +172,7 @@ class ServedExperts(OpaqueExperts):
         if hasattr(self, "bias"):
             h_Nf = h_Nf + self.bias[expert_N]
         gate_Nf, up_Nf = h_Nf.chunk(2, dim=-1)
-        z_Nf = (self.act_fn(gate_Nf) * up_Nf * top_k_weights.reshape(-1, 1)).to(h_Nf.dtype)
+        z_Nf = (self.gating(gate_Nf, up_Nf) * top_k_weights.reshape(-1, 1)).to(h_Nf.dtype)
         y_ND = product(z_Nf, self.down, by_group)
         if hasattr(self, "down_a"):
             y_ND = y_ND + product(product(z_Nf, self.down_a, by_expert), self.down_b, by_expert)

@@ -78,17 +78,32 @@ def _tile(start, first_place, parts, tile, ROWS: tl.constexpr, PARTS: tl.constex
     own = tl.sum((live & (until <= tile)).to(tl.int32), 0)
     chosen = part == own
     number = tile - tl.sum(tl.where(chosen, until - tiles, 0), 0)
-    return own, tl.sum(tl.where(chosen, begin, 0), 0) + number * ROWS, tl.sum(
-        tl.where(chosen, end, 0), 0
+    return (
+        own,
+        tl.sum(tl.where(chosen, begin, 0), 0) + number * ROWS,
+        tl.sum(tl.where(chosen, end, 0), 0),
     )
 
 
 @triton.jit
 def inner_rows(
-    x, a, order, start, places, expert_of_place, inner,
-    experts, width, top_k,
-    RANK: tl.constexpr, FILLED: tl.constexpr, BY_TOKEN: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    a,
+    order,
+    start,
+    places,
+    expert_of_place,
+    inner,
+    experts,
+    width,
+    top_k,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Write ``A_e x`` of every row, in order: ``inner`` (N, R).
 
@@ -124,8 +139,21 @@ def inner_rows(
 
 @triton.jit
 def _deltas(
-    sums, inner, b, place, live, position, expert_of_place, lowest, highest, column, inside, height,
-    RANK: tl.constexpr, FILLED: tl.constexpr, PRECISION: tl.constexpr,
+    sums,
+    inner,
+    b,
+    place,
+    live,
+    position,
+    expert_of_place,
+    lowest,
+    highest,
+    column,
+    inside,
+    height,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Add ``B_e inner`` to a tile's sums, member by member; ``b`` is (E, height, R)."""
     rank = tl.arange(0, FILLED)
@@ -151,22 +179,46 @@ def _deltas(
 def _gated(gate, up, alpha, limit, GATING: tl.constexpr):
     if GATING == 0:
         return gate * tl.sigmoid(gate) * up
-    elif GATING == 1:
+    if GATING == 1:
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    else:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-        return (up + 1.0) * gate * tl.sigmoid(gate * alpha)
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    return (up + 1.0) * gate * tl.sigmoid(gate * alpha)
 
 
 @triton.jit
 def gate_up(
-    x, table, order, start, groups_first, index, place_of_expert, expert_of_place, weight,
-    scale, bias, inner, b, z,
-    groups, hidden, intermediate, top_k, alpha, limit,
-    RANK: tl.constexpr, FILLED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    GATING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    PARTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    table,
+    order,
+    start,
+    groups_first,
+    index,
+    place_of_expert,
+    expert_of_place,
+    weight,
+    scale,
+    bias,
+    inner,
+    b,
+    z,
+    groups,
+    hidden,
+    intermediate,
+    top_k,
+    alpha,
+    limit,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    SCALE: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Write every row's weighted neurons, in order: ``z`` (N, F).
 
@@ -214,12 +266,38 @@ def gate_up(
         lowest = tl.min(tl.where(live, place, 2147483647), 0)
         highest = tl.max(tl.where(live, place, -1), 0)
         gate_MX = _deltas(
-            gate_MX, inner, b, place, live, position, expert_of_place, lowest, highest,
-            column, inside, 2 * intermediate, RANK, FILLED, PRECISION,
+            gate_MX,
+            inner,
+            b,
+            place,
+            live,
+            position,
+            expert_of_place,
+            lowest,
+            highest,
+            column,
+            inside,
+            2 * intermediate,
+            RANK,
+            FILLED,
+            PRECISION,
         )
         up_MX = _deltas(
-            up_MX, inner, b, place, live, position, expert_of_place, lowest, highest,
-            column + intermediate, inside, 2 * intermediate, RANK, FILLED, PRECISION,
+            up_MX,
+            inner,
+            b,
+            place,
+            live,
+            position,
+            expert_of_place,
+            lowest,
+            highest,
+            column + intermediate,
+            inside,
+            2 * intermediate,
+            RANK,
+            FILLED,
+            PRECISION,
         )
     if BIAS:
         gate_MX += tl.load(bias + at, mask=valid, other=0.0).to(tl.float32)
@@ -235,11 +313,30 @@ def gate_up(
 
 @triton.jit
 def down(
-    z, table, order, start, groups_first, index, place_of_expert, expert_of_place, weight,
-    bias, inner, b, y,
-    groups, hidden, intermediate,
-    RANK: tl.constexpr, FILLED: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    z,
+    table,
+    order,
+    start,
+    groups_first,
+    index,
+    place_of_expert,
+    expert_of_place,
+    weight,
+    bias,
+    inner,
+    b,
+    y,
+    groups,
+    hidden,
+    intermediate,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write every row's output, as the rows are numbered: ``y`` (N, D)."""
@@ -276,8 +373,21 @@ def down(
         lowest = tl.min(tl.where(live, place, 2147483647), 0)
         highest = tl.max(tl.where(live, place, -1), 0)
         y_MX = _deltas(
-            y_MX, inner, b, place, live, position, expert_of_place, lowest, highest,
-            column, inside, hidden, RANK, FILLED, PRECISION,
+            y_MX,
+            inner,
+            b,
+            place,
+            live,
+            position,
+            expert_of_place,
+            lowest,
+            highest,
+            column,
+            inside,
+            hidden,
+            RANK,
+            FILLED,
+            PRECISION,
         )
     if BIAS:
         weight_M = tl.load(weight + row, mask=live, other=0.0).to(tl.float32)
