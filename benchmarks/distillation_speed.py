@@ -53,7 +53,7 @@ class MergedLoop(FusedExperts):
             h_NF = nn.functional.linear(hidden_states[token_N], gate_up)
             z_NF = self.gating(h_NF[:, :F], h_NF[:, F:])
             y_ND = nn.functional.linear(z_NF, down) * top_k_weights[token_N, slot_N].unsqueeze(-1)
-            y_TD = y_TD.index_add(0, token_N, y_ND)
+            y_TD = y_TD.index_add(0, token_N, y_ND.to(y_TD.dtype))
         return y_TD
 
     def of(self, expert: int) -> tuple[Any, Any, Tensor]:
@@ -77,7 +77,7 @@ class AddedLoop(MergedLoop):
             z_NF = self.gating(h_NF[:, :F], h_NF[:, F:])
             z_NF = z_NF * top_k_weights[token_N, slot_N].unsqueeze(-1)
             y_ND = base.down_proj(z_NF) + z_NF @ delta.down_a[expert].T @ delta.down_b[expert].T
-            y_TD = y_TD.index_add(0, token_N, y_ND)
+            y_TD = y_TD.index_add(0, token_N, y_ND.to(y_TD.dtype))
         return y_TD
 
 

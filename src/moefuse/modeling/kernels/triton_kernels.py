@@ -22,15 +22,20 @@ CLAMPED = tl.constexpr(2)
 
 @triton.jit
 def order_rows(
-    index, place_of_expert, order, start, rows, experts, ROWS: tl.constexpr, CHUNK: tl.constexpr
+    index, place_of_expert, order, start, rows, experts,
+    x, a, inner, width, top_k,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    RANK: tl.constexpr, FILLED: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """Order rows by place: ``order`` (N) row numbers, ``start`` (E + 1) where each place begins.
 
     A row's position is how many rows have a lower place, or the same one and a lower number. Every
-    program counts for a block of rows, or for a block of places.
+    program counts for a block of rows, or for a block of places. With a ``RANK``, further programs,
+    one a row, write the row's ``inner``, for which no order is needed.
     """
     block = tl.program_id(0)
     row_blocks = tl.cdiv(rows, ROWS)
+    blocks = row_blocks + tl.cdiv(experts + 1, ROWS)
     if block < row_blocks:
         own = block * ROWS + tl.arange(0, ROWS)
         live = own < rows
@@ -38,16 +43,52 @@ def order_rows(
         place = tl.load(place_of_expert + expert, mask=live, other=0)
         before = _before(index, place_of_expert, place, own, rows, ROWS, CHUNK)
         tl.store(order + before, own, mask=live)
-    else:
+    elif block < blocks:
         place = (block - row_blocks) * ROWS + tl.arange(0, ROWS)
         first = tl.zeros([ROWS], tl.int32)
         before = _before(index, place_of_expert, place, first, rows, ROWS, CHUNK)
         tl.store(start + place, before, mask=place <= experts)
+    elif RANK > 0:
+        row = block - blocks
+        _inner_of_row(x, row // top_k, a, index, row, inner, width, RANK, FILLED, WIDTH)
+
+
+@triton.jit
+def inner_by_row(
+    z, a, order, index, inner, width,
+    RANK: tl.constexpr, FILLED: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """Do what ``inner_rows`` does for ordered rows ``z``, a program a row."""
+    position = tl.program_id(0)
+    row = tl.load(order + position)
+    _inner_of_row(z, position, a, index, row, inner, width, RANK, FILLED, WIDTH)
+
+
+@triton.jit
+def _inner_of_row(
+    x, source, a, index, row, inner, width,
+    RANK: tl.constexpr, FILLED: tl.constexpr, WIDTH: tl.constexpr,
+):
+    expert = tl.load(index + row).to(tl.int64)
+    rank = tl.arange(0, FILLED)
+    in_rank = rank < RANK
+    sums = tl.zeros([FILLED], tl.float32)
+    for first in range(0, width, WIDTH):
+        column = first + tl.arange(0, WIDTH)
+        inside = column < width
+        x_C = tl.load(x + source.to(tl.int64) * width + column, mask=inside, other=0.0)
+        a_QC = tl.load(
+            a + (expert * RANK + rank)[:, None] * width + column[None, :],
+            mask=in_rank[:, None] & inside[None, :],
+            other=0.0,
+        )
+        sums += tl.sum(a_QC.to(tl.float32) * x_C.to(tl.float32)[None, :], 1)
+    tl.store(inner + row * RANK + rank, sums.to(inner.dtype.element_ty), mask=in_rank)
 
 
 @triton.jit
 def _before(index, place_of_expert, place, number, rows, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Count the rows with a place lower than ``place``, or the same and a number lower than theirs."""
+    """Count the rows with a lower place, or with the same one and a lower number."""
     before = tl.zeros([ROWS], tl.int32)
     for first in range(0, rows, CHUNK):
         other = first + tl.arange(0, CHUNK)
@@ -64,7 +105,7 @@ def _before(index, place_of_expert, place, number, rows, ROWS: tl.constexpr, CHU
 def _tile(start, first_place, parts, tile, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """Find a tile's part (an expert's place, or a group), its first row and the part's end.
 
-    Part p has the rows from ``start[first_place[p]]`` to ``start[first_place[p + 1]]``. Tiles beyond
+    Part p has the rows from ``start[first_place[p]]`` to ``start[first_place[p + 1]]``. Tiles past
     the last have part ``parts``.
     """
     part = tl.arange(0, PARTS)
@@ -105,7 +146,7 @@ def inner_rows(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write ``A_e x`` of every row, in order: ``inner`` (N, R).
+    """Write ``A_e x`` of every row, as the rows are numbered: ``inner`` (N, R).
 
     ``a`` is (E, R, width). ``x`` holds a token a row if ``BY_TOKEN``, else ordered rows.
     """
@@ -115,9 +156,8 @@ def inner_rows(
     expert = tl.load(expert_of_place + place).to(tl.int64)
     position = first + tl.arange(0, ROWS)
     live = position < end
-    source = position
-    if BY_TOKEN:
-        source = tl.load(order + position, mask=live, other=0) // top_k
+    row = tl.load(order + position, mask=live, other=0)
+    source = row // top_k if BY_TOKEN else position
     rank = tl.arange(0, FILLED)
     x_row = x + source.to(tl.int64)[:, None] * width
     a_row = a + expert * RANK * width + rank[None, :] * width
@@ -131,48 +171,32 @@ def inner_rows(
         )
         sums = tl.dot(x_MC, a_CQ, sums, input_precision=PRECISION)
     tl.store(
-        inner + position[:, None] * RANK + rank[None, :],
+        inner + row[:, None] * RANK + rank[None, :],
         sums.to(inner.dtype.element_ty),
         mask=live[:, None] & (rank < RANK)[None, :],
     )
 
 
 @triton.jit
-def _deltas(
-    sums,
-    inner,
-    b,
-    place,
-    live,
-    position,
-    expert_of_place,
-    lowest,
-    highest,
-    column,
-    inside,
-    height,
-    RANK: tl.constexpr,
-    FILLED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add ``B_e inner`` to a tile's sums, member by member; ``b`` is (E, height, R)."""
+def _inner_of_tile(inner, row, live, RANK: tl.constexpr, FILLED: tl.constexpr):
+    """Load the inner rows of a tile, (M, Q)."""
     rank = tl.arange(0, FILLED)
-    in_rank = rank < RANK
-    inner_MQ = tl.load(
-        inner + position[:, None] * RANK + rank[None, :],
-        mask=live[:, None] & in_rank[None, :],
+    return tl.load(
+        inner + row[:, None] * RANK + rank[None, :],
+        mask=live[:, None] & (rank < RANK)[None, :],
         other=0.0,
     )
-    for member in range(lowest, highest + 1):
-        expert = tl.load(expert_of_place + member).to(tl.int64)
-        b_QX = tl.load(
-            b + (expert * height + column)[None, :] * RANK + rank[:, None],
-            mask=inside[None, :] & in_rank[:, None],
-            other=0.0,
-        )
-        own_MQ = tl.where((place == member)[:, None], inner_MQ, 0.0).to(inner_MQ.dtype)
-        sums = tl.dot(own_MQ, b_QX, sums, input_precision=PRECISION)
-    return sums
+
+
+@triton.jit
+def _factor(b, expert, column, inside, height, RANK: tl.constexpr, FILLED: tl.constexpr):
+    """Load columns of an expert's ``B_e`` transposed, (Q, X); ``b`` is (E, height, R)."""
+    rank = tl.arange(0, FILLED)
+    return tl.load(
+        b + (expert.to(tl.int64) * height + column)[None, :] * RANK + rank[:, None],
+        mask=inside[None, :] & (rank < RANK)[:, None],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -263,42 +287,18 @@ def gate_up(
         up_MX *= tl.load(scale + intermediate + at, mask=valid, other=0.0).to(tl.float32)
     if RANK > 0:
         place = tl.load(place_of_expert + expert, mask=live, other=0)
+        inner_MQ = _inner_of_tile(inner, row, live, RANK, FILLED)
         lowest = tl.min(tl.where(live, place, 2147483647), 0)
         highest = tl.max(tl.where(live, place, -1), 0)
-        gate_MX = _deltas(
-            gate_MX,
-            inner,
-            b,
-            place,
-            live,
-            position,
-            expert_of_place,
-            lowest,
-            highest,
-            column,
-            inside,
-            2 * intermediate,
-            RANK,
-            FILLED,
-            PRECISION,
-        )
-        up_MX = _deltas(
-            up_MX,
-            inner,
-            b,
-            place,
-            live,
-            position,
-            expert_of_place,
-            lowest,
-            highest,
-            column + intermediate,
-            inside,
-            2 * intermediate,
-            RANK,
-            FILLED,
-            PRECISION,
-        )
+        for member in range(lowest, highest + 1):
+            other = tl.load(expert_of_place + member)
+            gate_QX = _factor(b, other, column, inside, 2 * intermediate, RANK, FILLED)
+            up_QX = _factor(
+                b, other, column + intermediate, inside, 2 * intermediate, RANK, FILLED
+            )
+            own_MQ = tl.where((place == member)[:, None], inner_MQ, 0.0).to(inner_MQ.dtype)
+            gate_MX = tl.dot(own_MQ, gate_QX, gate_MX, input_precision=PRECISION)
+            up_MX = tl.dot(own_MQ, up_QX, up_MX, input_precision=PRECISION)
     if BIAS:
         gate_MX += tl.load(bias + at, mask=valid, other=0.0).to(tl.float32)
         up_MX += tl.load(bias + intermediate + at, mask=valid, other=0.0).to(tl.float32)
@@ -370,25 +370,14 @@ def down(
     expert = tl.load(index + row, mask=live, other=0)
     if RANK > 0:
         place = tl.load(place_of_expert + expert, mask=live, other=0)
+        inner_MQ = _inner_of_tile(inner, row, live, RANK, FILLED)
         lowest = tl.min(tl.where(live, place, 2147483647), 0)
         highest = tl.max(tl.where(live, place, -1), 0)
-        y_MX = _deltas(
-            y_MX,
-            inner,
-            b,
-            place,
-            live,
-            position,
-            expert_of_place,
-            lowest,
-            highest,
-            column,
-            inside,
-            hidden,
-            RANK,
-            FILLED,
-            PRECISION,
-        )
+        for member in range(lowest, highest + 1):
+            other = tl.load(expert_of_place + member)
+            b_QX = _factor(b, other, column, inside, hidden, RANK, FILLED)
+            own_MQ = tl.where((place == member)[:, None], inner_MQ, 0.0).to(inner_MQ.dtype)
+            y_MX = tl.dot(own_MQ, b_QX, y_MX, input_precision=PRECISION)
     if BIAS:
         weight_M = tl.load(weight + row, mask=live, other=0.0).to(tl.float32)
         at = expert.to(tl.int64)[:, None] * hidden + column[None, :]

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moefuse.modeling.kernels import triton_kernels as kernels
-from moefuse.modeling.kernels.tiles import Product, tiles_for
+from moefuse.modeling.kernels.tiles import Product, Tiles, tiles_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SILU, GELU, CLAMPED = 0, 1, 2
 """Gatings as the kernels number them."""
+FEW = 256
+"""Up to how many rows the deltas' inner rows are computed one by one."""
 MOST_COUNTED = 4096
 """Up to how many rows one kernel orders by counting; more are sorted."""
 
@@ -28,13 +30,15 @@ class Places:
     """The experts numbered so that a group's members are neighbours.
 
     ``of_expert`` and ``expert`` (E) int32, each the other's inverse; ``first`` (G + 1) int32, the
-    place of each group's first member; ``every`` (E + 1) int32, all places.
+    place of each group's first member; ``every`` (E + 1) int32, all places; ``sortable`` is
+    ``of_expert`` in the smallest dtype that holds it, which sorts fastest.
     """
 
     of_expert: Tensor
     expert: Tensor
     first: Tensor
     every: Tensor
+    sortable: Tensor
 
 
 _places: Any = WeakIdKeyDictionary()
@@ -49,7 +53,8 @@ def places_of(group_of_expert: Tensor, groups: int) -> Places:
     every = torch.arange(len(expert) + 1, device=expert.device, dtype=torch.int32)
     first = torch.searchsorted(group_E, torch.arange(groups + 1, device=expert.device))
     of_expert = torch.empty_like(every[:-1]).scatter_(0, expert, every[:-1])
-    found = Places(of_expert, expert.int(), first.int(), every)
+    small = torch.uint8 if len(expert) <= 256 else torch.int32
+    found = Places(of_expert, expert.int(), first.int(), every, of_expert.to(small))
     _places[group_of_expert] = (group_of_expert._version, found)
     return found
 
@@ -71,25 +76,106 @@ class Rows:
     start: Tensor
 
 
-def order_rows(index_TK: Tensor, places: Places) -> Rows:
-    """Order the rows of ``index_TK`` by their expert's place, equal ones by their number."""
-    index_N = index_TK.reshape(-1)
-    rows, experts = len(index_N), len(places.expert)
-    if rows > MOST_COUNTED:
-        place_N, order = places.of_expert[index_N].sort(stable=True)
-        return Rows(order.int(), torch.searchsorted(place_N, places.every).int())
-    order = torch.empty(rows, dtype=torch.int32, device=index_N.device)
-    start = torch.empty(experts + 1, dtype=torch.int32, device=index_N.device)
-    block = 16 if rows <= 512 else 64
-    grid = (triton.cdiv(rows, block) + triton.cdiv(experts + 1, block),)
-    kernels.order_rows[grid](
-        index_N, places.of_expert, order, start, rows, experts, ROWS=block, CHUNK=128
-    )
-    return Rows(order, start)
+@dataclass(frozen=True)
+class _Layer:
+    """One call: what all of its kernels share."""
+
+    index_TK: Tensor
+    weight_TK: Tensor
+    places: Places
+    tiles: Tiles
+    precision: str
+
+    @property
+    def rows(self) -> int:
+        return self.index_TK.numel()
+
+    @property
+    def experts(self) -> int:
+        return len(self.places.expert)
+
+    @property
+    def groups(self) -> int:
+        return len(self.places.first) - 1
+
+    def ordered(self, x_TD: Tensor, a_ERI: Tensor | None, inner_NR: Tensor | None) -> Rows:
+        """Order the rows by counting; write what the deltas make of ``x_TD`` beside it."""
+        order = torch.empty(self.rows, dtype=torch.int32, device=x_TD.device)
+        start = torch.empty(self.experts + 1, dtype=torch.int32, device=x_TD.device)
+        block = 16 if self.rows <= FEW else 64
+        blocks = triton.cdiv(self.rows, block) + triton.cdiv(self.experts + 1, block)
+        rank = 0 if a_ERI is None else a_ERI.shape[1]
+        _launch(
+            kernels.order_rows,
+            (blocks + (self.rows if rank else 0),),
+            self.index_TK, self.places.of_expert, order, start, self.rows, self.experts,
+            x_TD, a_ERI, inner_NR, x_TD.shape[1], self.index_TK.shape[1],
+            ROWS=block, CHUNK=128, RANK=rank, **_row_of_rank(rank),
+        )  # fmt: skip
+        return Rows(order, start)
+
+    def sorted(self) -> Rows:
+        """Order the rows by sorting, which is faster for many."""
+        place_N = self.places.sortable[self.index_TK.reshape(-1)]
+        place_N, order = place_N.sort(stable=True)
+        start = torch.searchsorted(place_N.int(), self.places.every)
+        return Rows(order.int(), start.int())
+
+    def inner(
+        self, source: Tensor, a_ERI: Tensor, rows: Rows, *, by_token: bool, into: Tensor
+    ) -> None:
+        """Write ``A_e x`` of all rows into ``into`` (N, R), by tiles of an expert's rows."""
+        _, rank, width = a_ERI.shape
+        tiles = self.tiles
+        _launch(
+            kernels.inner_rows,
+            (triton.cdiv(self.rows, tiles.inner_rows) + min(self.experts, self.rows),),
+            source, a_ERI, rows.order, rows.start, self.places.every, self.places.expert, into,
+            self.experts, width, self.index_TK.shape[1],
+            RANK=rank, FILLED=_filled(rank, 16), BY_TOKEN=by_token, ROWS=tiles.inner_rows,
+            CHUNK=tiles.inner_chunk, PARTS=_filled(self.experts), PRECISION=self.precision,
+        )  # fmt: skip
+
+    def inner_by_row(self, z_NF: Tensor, a_ERF: Tensor, rows: Rows, into: Tensor) -> None:
+        """Do the same for ordered rows, one by one."""
+        _, rank, width = a_ERF.shape
+        _launch(
+            kernels.inner_by_row,
+            (self.rows,),
+            z_NF, a_ERF, rows.order, self.index_TK, into, width,
+            RANK=rank, **_row_of_rank(rank),
+        )  # fmt: skip
+
+    def product(
+        self, kernel: Any, tile: Product, width: int, rows: Rows, source: Tensor,
+        bases: list[Tensor], *arguments: Any, rank: int, even: bool, **constants: Any,
+    ) -> None:  # fmt: skip
+        """Launch one of the two grouped products, ``width`` columns wide."""
+        height = self.tiles.rows
+        row_tiles = triton.cdiv(self.rows, height) + min(self.groups, self.rows)
+        _launch(
+            kernel,
+            (triton.cdiv(width, tile.columns), row_tiles),
+            source, _addresses(bases), rows.order, rows.start, self.places.first, self.index_TK,
+            self.places.of_expert, self.places.expert, self.weight_TK, *arguments,
+            **constants, RANK=rank, FILLED=_filled(rank, 16), ROWS=height, COLUMNS=tile.columns,
+            CHUNK=tile.chunk, PARTS=_filled(self.groups), EVEN=even, PRECISION=self.precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    kernel[grid](*arguments, **constants)
 
 
 def _filled(number: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(number))
+
+
+def _row_of_rank(rank: int) -> dict[str, int]:
+    """Return how a row's inner values are computed at once: about 8192 numbers of A."""
+    filled = _filled(rank)
+    return {"FILLED": filled, "WIDTH": max(32, 8192 // filled)}
 
 
 def fused_experts(
@@ -100,84 +186,72 @@ def fused_experts(
     down: list[Tensor],
     group_of_expert: Tensor,
     deltas: list[Tensor],
-    scale: Tensor | None,
-    bias: Tensor | None,
-    down_bias: Tensor | None,
-    gating: int,
-    alpha: float,
-    limit: float,
+    extras: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gating: tuple[int, float, float],
 ) -> Tensor:
     """Return the fused experts' output, (T, D) in the dtype of ``x_TD``.
 
     ``gate_up`` and ``down`` are the G bases' weights, (2F, D) and (D, F); ``deltas`` none, or
-    ``gate_up_a``, ``gate_up_b``, ``down_a`` and ``down_b`` as in ``LowRankDelta``; ``scale`` and
-    ``bias`` (E, 2F), ``down_bias`` (E, D). All of one dtype, contiguous, on one device.
+    ``gate_up_a``, ``gate_up_b``, ``down_a`` and ``down_b`` as in ``LowRankDelta``; ``extras`` scale
+    and bias (E, 2F) and down bias (E, D). All of one dtype, contiguous, on one device. ``gating``
+    is the kernels' number of it, alpha and limit.
     """
     tokens, top_k = index_TK.shape
     hidden, intermediate = down[0].shape
-    out_TD = torch.empty_like(x_TD)
+    out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     if tokens == 0:
         return out_TD
-    x_TD, index_TK, weight_TK = x_TD.contiguous(), index_TK.contiguous(), weight_TK.contiguous()
-    places = places_of(group_of_expert, len(down))
-    rows = order_rows(index_TK, places)
-    number, experts, groups = tokens * top_k, len(places.expert), len(down)
-    tiles = tiles_for(number, groups, x_TD.dtype)
-    precision = "ieee" if x_TD.dtype == torch.float32 else "tf32"
-    row_tiles = triton.cdiv(number, tiles.rows) + min(groups, number)
-    common = {"ROWS": tiles.rows, "PARTS": _filled(groups), "PRECISION": precision}
+    x_TD = x_TD.contiguous()
+    number = tokens * top_k
+    layer = _Layer(
+        index_TK.contiguous(),
+        weight_TK.contiguous(),
+        places_of(group_of_expert, len(down)),
+        tiles_for(number, len(down), x_TD.dtype),
+        "ieee" if x_TD.dtype == torch.float32 else "tf32",
+    )
+    scale, bias, down_bias = extras
+    few = number <= FEW
+    gate_up_a, gate_up_b, down_a, down_b = deltas or (None,) * 4
+    rank, down_rank = (0 if a is None else a.shape[1] for a in (gate_up_a, down_a))
+    inner_NR = x_TD.new_empty(number, rank) if rank else None
+    if number <= MOST_COUNTED:
+        rows = layer.ordered(x_TD, gate_up_a if few else None, inner_NR)
+    else:
+        rows = layer.sorted()
+    if gate_up_a is not None and inner_NR is not None and not few:
+        layer.inner(x_TD, gate_up_a, rows, by_token=True, into=inner_NR)
 
-    def inner(source: Tensor, a_ERI: Tensor, by_token: bool) -> Tensor:
-        _, rank, width = a_ERI.shape
-        inner_NR = x_TD.new_empty(number, rank)
-        grid = (triton.cdiv(number, tiles.inner_rows) + min(experts, number),)
-        kernels.inner_rows[grid](
-            source, a_ERI, rows.order, rows.start, places.every, places.expert, inner_NR,
-            experts, width, top_k,
-            RANK=rank, FILLED=_filled(rank, 16), BY_TOKEN=by_token, ROWS=tiles.inner_rows,
-            CHUNK=tiles.inner_chunk, PARTS=_filled(experts), PRECISION=precision,
-        )  # fmt: skip
-        return inner_NR
-
-    def product(kernel: Any, tile: Product, width: int, *arguments: Any, **constants: Any) -> None:
-        grid = (triton.cdiv(width, tile.columns), row_tiles)
-        kernel[grid](
-            *arguments, **common, **constants, COLUMNS=tile.columns, CHUNK=tile.chunk,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-
-    inner_NR = inner(x_TD, deltas[0], True) if deltas else None
     z_NF = x_TD.new_empty(number, intermediate)
-    tile = tiles.gate_up
-    product(
-        kernels.gate_up, tile, intermediate,
-        x_TD, _addresses(gate_up), rows.order, rows.start, places.first, index_TK,
-        places.of_expert, places.expert, weight_TK, scale, bias, inner_NR,
-        deltas[1] if deltas else None, z_NF,
-        groups, hidden, intermediate, top_k, alpha, limit,
-        RANK=deltas[0].shape[1] if deltas else 0,
-        FILLED=_filled(deltas[0].shape[1], 16) if deltas else 16,
-        SCALE=scale is not None, BIAS=bias is not None, GATING=gating,
-        EVEN=hidden % tile.chunk == 0 and intermediate % tile.columns == 0,
+    tile = layer.tiles.gate_up
+    layer.product(
+        kernels.gate_up, tile, intermediate, rows, x_TD, gate_up,
+        scale, bias, inner_NR, gate_up_b, z_NF,
+        layer.groups, hidden, intermediate, top_k, *gating[1:],
+        rank=rank, even=hidden % tile.chunk == 0 and intermediate % tile.columns == 0,
+        SCALE=scale is not None, BIAS=bias is not None, GATING=gating[0],
     )  # fmt: skip
-    inner_NR = inner(z_NF, deltas[2], False) if deltas else None
+
+    if down_a is not None:
+        inner_NR = x_TD.new_empty(number, down_rank)
+        if few:
+            layer.inner_by_row(z_NF, down_a, rows, inner_NR)
+        else:
+            layer.inner(z_NF, down_a, rows, by_token=False, into=inner_NR)
     y_ND = x_TD.new_empty(number, hidden)
-    tile = tiles.down
-    product(
-        kernels.down, tile, hidden,
-        z_NF, _addresses(down), rows.order, rows.start, places.first, index_TK,
-        places.of_expert, places.expert, weight_TK, down_bias, inner_NR,
-        deltas[3] if deltas else None, y_ND,
-        groups, hidden, intermediate,
-        RANK=deltas[2].shape[1] if deltas else 0,
-        FILLED=_filled(deltas[2].shape[1], 16) if deltas else 16,
+    tile = layer.tiles.down
+    layer.product(
+        kernels.down, tile, hidden, rows, z_NF, down,
+        down_bias, inner_NR, down_b, y_ND,
+        layer.groups, hidden, intermediate,
+        rank=down_rank, even=intermediate % tile.chunk == 0 and hidden % tile.columns == 0,
         BIAS=down_bias is not None,
-        EVEN=intermediate % tile.chunk == 0 and hidden % tile.columns == 0,
     )  # fmt: skip
     columns = min(1024, _filled(hidden))
-    kernels.sum_slots[(tokens, triton.cdiv(hidden, columns))](
-        y_ND, out_TD, hidden, top_k, COLUMNS=columns
-    )
+    _launch(
+        kernels.sum_slots, (tokens, triton.cdiv(hidden, columns)),
+        y_ND, out_TD, hidden, top_k, COLUMNS=columns,
+    )  # fmt: skip
     return out_TD
 
 
@@ -228,10 +302,8 @@ def _computed(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) ->
         [base.down_proj.weight for base in module.bases],
         module.group_of_expert,
         [] if delta is None else [getattr(delta, name) for name in factors],
-        module.scale,
-        module.bias,
-        module.down_bias,
-        *gating,
+        (module.scale, module.bias, module.down_bias),
+        gating,
     )
 
 
