@@ -1,12 +1,9 @@
 """Healing as a command: what it writes, that a kill costs nothing, and what it refuses."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ import pytest
 import torch
 from running import changes, contents, run_elsewhere, run_here, write_jsonl, write_text
 from safetensors.torch import load_file
+from strangers import IDS_BS, TO_MANY, see
 from test_resume import INTERRUPTED
 from tiny import save_tiny
 
@@ -30,7 +28,6 @@ from moefuse.modeling import load_fused
 from moefuse.pipeline import fuse
 
 SEED = 11
-STRANGER = Path(__file__).parent / "modeling" / "stranger_to_neurons.py"
 FUSED: dict[str, Any] = {
     "groups": 3,
     "rank": 2,
@@ -139,22 +136,14 @@ def test_a_stranger_loads_what_was_healed(desk: Desk, tmp_path: Path) -> None:
     healed = [tmp_path / form for form in FORMS]
     for form, out in zip(FORMS, healed, strict=True):
         desk.heal(out, form)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "home")}
     (tmp_path / "seen").mkdir()
 
-    subprocess.run(
-        [sys.executable, STRANGER, tmp_path / "seen", *healed],
-        env=environment,
-        check=True,
-        timeout=120,
-        capture_output=True,
-    )
+    see(TO_MANY, tmp_path / "seen", *healed)
 
-    ids_BS = torch.randint(2, 64, (2, 11), generator=torch.Generator().manual_seed(0))
     for out in healed:
         seen = load_file(tmp_path / "seen" / f"{out.name}.safetensors")
         with torch.no_grad():
-            assert torch.equal(seen["logits"], load_fused(out).eval()(ids_BS).logits)
+            assert torch.equal(seen["logits"], load_fused(out).eval()(IDS_BS).logits)
 
 
 # The model card.

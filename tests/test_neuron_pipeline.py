@@ -1,10 +1,7 @@
 """Students of own neurons at unequal bits, from the command line to another user's process."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from running import (
     write_text,
 )
 from safetensors.torch import load_file
+from strangers import IDS_BS, TO_MANY, see
 from tiny import save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -43,8 +41,6 @@ from moefuse.pipeline import FuseResult, Job, fuse
 
 FAMILIES = sorted(all_families())
 NUMBERS = 2 * 8 * 3 * 32 * 16
-IDS_BS = torch.randint(2, 64, (2, 11), generator=torch.Generator().manual_seed(0))
-STRANGER = Path(__file__).parent / "modeling" / "stranger_to_neurons.py"
 Tiny = Callable[..., Path]
 Run = Callable[..., Ran]
 
@@ -74,18 +70,7 @@ def made(home: Path) -> dict[str, FuseResult]:
 def strangers(made: dict[str, FuseResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return where a process that cannot import moefuse left what all students compute."""
     out = tmp_path_factory.mktemp("strangers")
-    run = subprocess.run(
-        [sys.executable, "-I", str(STRANGER), str(out), *(str(r.out) for r in made.values())],
-        cwd=out,
-        env={**os.environ, "HF_HOME": str(out / "home"), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return out
+    return see(TO_MANY, out, *(result.out for result in made.values()))
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:

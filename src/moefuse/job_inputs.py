@@ -81,7 +81,6 @@ class JobInputs:
         self.reader = CheckpointReader.open(
             checkpoint, revision=revision, trust_remote_code=trust_remote_code
         )
-        _check_base(self.factoring, self.reader)
         check_outside(self.work, self.reader.directory, "work directory")
         self.device = choose_device(self.compute.device)
         self.stored = stored_dtype(self.reader.tensors, self.reader.family, self.reader.config)
@@ -189,16 +188,6 @@ class JobInputs:
             self.factoring,
             working_itemsize=itemsize,
             rate=matrix_rate(self.device, self.dtype),
-        )
-
-
-def _check_base(factoring: FactorConfig, reader: CheckpointReader) -> None:
-    family = reader.family
-    if factoring.base == "neurons" and (family.layout.biased or family.gating(reader.config)):
-        raise UserError(
-            f"--base is neurons, but experts of {family.model_type} models cannot share a base of "
-            "neurons: they have biases or an activation of their own; take --base mean, or neurons "
-            "of every expert's own by --form neurons and a budget."
         )
 
 

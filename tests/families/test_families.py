@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from numeric import assert_close
+from running import write_text
 from tiny import save_tiny, tiny_config
 
 from moefuse.checkpoint.native import to_native
@@ -94,6 +95,7 @@ def test_contract(model_type: str, tmp_path: Path) -> None:
         assert reader.family.layout == layout_of(experts)
         x_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
         read = experts_of(experts, reader.family, reader.config)
+        assert read.biases is not None or not read.gating.up_offset, "gains need biases then"
         for expert in range(8):
             chosen_T1 = torch.full((5, 1), expert)
             alone = experts(x_TD, chosen_T1, torch.ones(5, 1))
@@ -312,11 +314,17 @@ def test_every_family_can_be_made_tiny(tiny_checkpoint: Callable[..., Path]) -> 
     assert (tiny_checkpoint("olmoe") / "tokenizer.json").is_file()
 
 
-def test_bases_of_neurons_are_refused_where_there_can_be_none(
+def test_bases_of_neurons_serve_gpt_oss_better_than_means(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    values = {"groups": 2, "rank": 1, "base": "neurons", "data": "not-looked-at"}
+    """Its random experts differ, its neurons have biases, and their clamps are met."""
+    teacher, text = tiny_checkpoint("gpt_oss"), write_text(tmp_path / "text.txt")
+    values = {"groups": 3, "rank": 4, "data": str(text), "tokens": 1024, "sequence_length": 64}
 
-    with pytest.raises(UserError, match="--base is neurons, but experts of gpt_oss models cannot"):
-        fuse(tiny_checkpoint("gpt_oss"), tmp_path / "student", values)
-    assert not (tmp_path / "student").exists()
+    means, neurons = (
+        fuse(teacher, tmp_path / base, {**values, "steps": 0, "base": base}).errors
+        for base in ("mean", "neurons")
+    )
+
+    for layer, error in neurons.items():
+        assert error["after"] < 0.8 * means[layer]["after"]

@@ -1,15 +1,16 @@
 """The student as people use it: loaded, generated with, saved, compiled, trained."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import IDS_BS, YARN, Stranger, Students
 from numeric import assert_close
+from one_student import YARN, Stranger, Students
 from safetensors.torch import load_file
+from strangers import IDS_BS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -140,28 +141,6 @@ def test_what_was_saved_again_moefuse_loads(
 ) -> None:
     for directory in (stranger.saved, students.saved_again):
         assert torch.equal(load_fused(directory)(IDS_BS).logits, student(IDS_BS).logits)
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
-@torch.no_grad()
-def test_families_whose_checkpoints_are_renamed_survive_saving(
-    model_type: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    from tiny import TEXT
-
-    from moefuse.pipeline import fuse
-
-    (tmp_path / "text.txt").write_text(TEXT * 8)
-    values = {"data": str(tmp_path / "text.txt"), "tokens": 128, "sequence_length": 32, "steps": 0}
-    fuse(tiny_checkpoint(model_type), tmp_path / "student", {**values, "groups": 2, "rank": 2})
-    first = load_fused(tmp_path / "student")
-    first.save_pretrained(tmp_path / "again")
-
-    again, found = load_fused(tmp_path / "again", output_loading_info=True)  # type: ignore[misc]
-
-    assert not any(found.values())
-    assert tensors_of(tmp_path / "again").keys() == tensors_of(tmp_path / "student").keys()
-    assert torch.equal(again(IDS_BS).logits, first(IDS_BS).logits)
 
 
 # Generating.

@@ -77,13 +77,8 @@ def _worth_trying(
     """List the ways of making bases that may serve the layer.
 
     The mean needs a singular value decomposition of every expert, hours for a large model, and
-    pays only where deltas of that rank can carry most of a matrix or where members are alike. A
-    neuron's gain goes through its up row, so bases of neurons need a gating that is linear in up.
-    Where that is not so, and where experts have biases, a job refuses to ask for them.
+    pays only where deltas of that rank can carry most of a matrix or where members are alike.
     """
-    if not experts.gating.linear_in_up or experts.biases is not None:
-        assert options.base != "neurons"
-        return ["mean"]
     if options.base != "auto":
         return [options.base]
     if not options.scale:

@@ -17,6 +17,10 @@ provide them. What ranks of down remain go to reduced-rank regression (Izenman, 
 after another against what is left: the truncated decomposition of the least-squares solution,
 weighed by the second moment of the neurons.
 
+Base neurons keep their biases too. A gain is a scale of the up row; where the gating multiplies by
+``up + o`` and not by ``up`` (gpt-oss: o = 1), the bias does the rest, which every expert then has:
+``s (up + b + o) = (s up + s (b + o) - o) + o``. Where such a gating clamps, that is only nearly so.
+
 Shape suffixes: T tokens, K experts chosen per token, N rows of one expert, E experts, G groups,
 F neurons of an expert, O neurons an expert keeps for itself, D hidden width, R rank, B = G * F
 neurons of all bases.
@@ -120,9 +124,16 @@ def fit_gains(z_NF: Tensor, target_ND: Tensor, down_DF: Tensor) -> Tensor:
 
 
 def base_features(
-    experts: Experts, call: ExpertsCall, state: dict[str, Tensor], groups: int
+    experts: Experts,
+    call: ExpertsCall,
+    state: dict[str, Tensor],
+    groups: int,
+    bias_GF: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield, group by group, what reaches each base's down projection: (T, F)."""
+    """Yield, group by group, what reaches each base's down projection: (T, F).
+
+    ``bias_GF`` (G, 2F) are biases of the bases' gate and up rows.
+    """
     half = state["scale"].shape[1] // 2
     gain_EF = state["scale"][:, half:]
     weight_TE = call.weight_TK.new_zeros(len(call.x_TD), len(gain_EF))
@@ -131,20 +142,28 @@ def base_features(
         # A token's members share the base's neurons, so their gains add up before it.
         gain_TF = weight_TE @ (gain_EF * (state["group_of_expert"] == group).unsqueeze(-1))
         gate_up_FD = state[f"bases.{group}.gate_up_proj.weight"]
-        yield neurons(experts, gate_up_FD, call.x_TD) * gain_TF
+        bias_F = None if bias_GF is None else bias_GF[group]
+        yield neurons(experts, gate_up_FD, call.x_TD, bias_F) * gain_TF
 
 
 def fit_down(
-    experts: Experts, call: ExpertsCall, target_TD: Tensor, state: dict[str, Tensor], groups: int
+    experts: Experts,
+    call: ExpertsCall,
+    target_TD: Tensor,
+    state: dict[str, Tensor],
+    groups: int,
+    bias_GF: Tensor | None = None,
 ) -> Tensor:
     """Solve for all bases' down projections at once; puts them into ``state``.
 
-    Returns what they leave of ``target_TD``, (T, D).
+    Returns what they leave of ``target_TD``, (T, D). ``bias_GF`` as for ``base_features``.
     """
     width = state["scale"].shape[1] // 2
     z_TB = target_TD.new_empty(len(target_TD), groups * width)
     for z_TF, part_TF in zip(
-        z_TB.split(width, dim=1), base_features(experts, call, state, groups), strict=True
+        z_TB.split(width, dim=1),
+        base_features(experts, call, state, groups, bias_GF),
+        strict=True,
     ):
         z_TF.copy_(part_TF)
     solution_BD = ridge_fit(z_TB, target_TD)
@@ -178,7 +197,8 @@ def fit_down_delta(z_NF: Tensor, left_ND: Tensor, rank: int) -> tuple[Tensor, Te
 @dataclass(frozen=True)
 class _Fit:
     """What one layer's fit works on; ``own_EO`` and ``slot_EO`` are the neurons that each expert
-    keeps and the base neurons in whose place they stand."""
+    keeps and the base neurons in whose place they stand, ``bias_GF`` the biases of the bases' gate
+    and up rows."""
 
     experts: Experts
     call: ExpertsCall
@@ -186,25 +206,40 @@ class _Fit:
     groups: list[int]
     own_EO: Tensor
     slot_EO: Tensor
+    bias_GF: Tensor | None
 
     @property
     def width(self) -> int:
         return self.experts.down_EDF.shape[2]
 
-    def base(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Return gate and up, (2F, D), and down, (D, F), of an expert's base."""
-        prefix = f"bases.{self.groups[expert]}."
-        down_DF = self.state[prefix + "down_proj.weight"]
-        return self.state[prefix + "gate_up_proj.weight"], down_DF
+    def base_down(self, expert: int) -> Tensor:
+        """Return the down projection of an expert's base, (D, F)."""
+        return self.state[f"bases.{self.groups[expert]}.down_proj.weight"]
+
+    def base_neurons(self, expert: int, x_ND: Tensor) -> Tensor:
+        """Return what the neurons of an expert's base make of inputs, (N, F)."""
+        group = self.groups[expert]
+        bias_F = None if self.bias_GF is None else self.bias_GF[group]
+        gate_up_FD = self.state[f"bases.{group}.gate_up_proj.weight"]
+        return neurons(self.experts, gate_up_FD, x_ND, bias_F)
+
+    def _own(self, expert: int) -> Tensor:
+        """Return the numbers of the gate and up rows of the neurons that an expert keeps, (2O,)."""
+        return torch.cat([self.own_EO[expert], self.width + self.own_EO[expert]])
 
     def own_rows(self, expert: int) -> Tensor:
         """Return the gate and up rows of the neurons that an expert keeps, (2O, D)."""
-        own_O = self.own_EO[expert]
-        return self.experts.gate_up_EFD[expert][torch.cat([own_O, self.width + own_O])].float()
+        return self.experts.gate_up_EFD[expert][self._own(expert)].float()
+
+    def own_biases(self, expert: int) -> Tensor | None:
+        """Return the biases of these rows, (2O,), if there are any."""
+        biases = self.experts.biases
+        return None if biases is None else biases.gate_up_EF[expert][self._own(expert)].float()
 
     def own_neurons(self, expert: int, token_N: Tensor) -> Tensor:
         """Return what the neurons that an expert keeps make of its tokens, (N, O)."""
-        return neurons(self.experts, self.own_rows(expert), self.call.x_TD[token_N])
+        x_ND = self.call.x_TD[token_N]
+        return neurons(self.experts, self.own_rows(expert), x_ND, self.own_biases(expert))
 
     def own_down(self, expert: int) -> Tensor:
         """Return the down columns of the neurons that an expert keeps, (D, O)."""
@@ -219,28 +254,49 @@ def fit_neurons(
     ``experts`` in any float dtype; ``call`` holds the tokens to fit to; ``group_of_expert`` is
     (E,); ``rank`` R of the deltas.
     """
+    assert experts.biases is not None or not experts.gating.up_offset
     groups = int(group_of_expert.max()) + 1
     kept = min(rank // 2, experts.down_EDF.shape[2], experts.down_EDF.shape[1])
     importance_EF = importance(experts, call)
     own_EO = importance_EF.sort(dim=1, descending=True, stable=True).indices[:, :kept]
-    state = _bases(experts, importance_EF.scatter(1, own_EO, 0.0), group_of_expert, groups)
+    left_EF = importance_EF.scatter(1, own_EO, 0.0)
+    state, bias_GF = _bases(experts, left_EF, group_of_expert, groups)
     slot_EO = torch.zeros_like(own_EO)
-    fit = _Fit(experts, call, state, group_of_expert.tolist(), own_EO, slot_EO)
+    fit = _Fit(experts, call, state, group_of_expert.tolist(), own_EO, slot_EO, bias_GF)
     _fit_all_gains(fit)
-    left_TD = fit_down(experts, call, _without_own(fit), state, groups)
+    left_TD = fit_down(experts, call, _without_own(fit), state, groups, bias_GF)
     if rank:
         _fit_deltas(fit, left_TD, rank)
+    if experts.biases is not None and bias_GF is not None:
+        state["bias"] = _gained_biases(fit, bias_GF)
+        state["down_bias"] = experts.biases.down_ED.to(torch.float32, copy=True)
     return state
+
+
+def _gained_biases(fit: _Fit, bias_GF: Tensor) -> Tensor:
+    """Return the biases of every expert's gate and up, (E, 2F), which complete its gains."""
+    offset = fit.experts.gating.up_offset
+    gate_EF, up_EF = bias_GF[fit.state["group_of_expert"]].chunk(2, dim=1)
+    gain_EF = fit.state["scale"][:, fit.width :]
+    bias_EF = torch.cat([gate_EF, gain_EF * (up_EF + offset) - offset], dim=1)
+    for expert in range(len(fit.groups)):
+        own = fit.own_biases(expert)
+        if own is not None:
+            slot_O = fit.slot_EO[expert]
+            bias_EF[expert, torch.cat([slot_O, fit.width + slot_O])] = own
+    return bias_EF
 
 
 def _bases(
     experts: Experts, importance_EF: Tensor, group_of_expert: Tensor, groups: int
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return a state with bases as they are in the teacher, and their biases, (G, 2F), if any."""
     width = importance_EF.shape[1]
     state = {
         "group_of_expert": group_of_expert,
         "scale": torch.ones(len(importance_EF), 2 * width, device=importance_EF.device),
     }
+    biases = []
     for group in range(groups):
         members = (group_of_expert == group).nonzero().flatten()
         expert_F, neuron_F = select_neurons(importance_EF, members)
@@ -249,12 +305,18 @@ def _bases(
         state[f"bases.{group}.gate_up_proj.weight"] = torch.cat([gate_FD, up_FD])
         down_FD = experts.down_EDF[expert_F, :, neuron_F].float()
         state[f"bases.{group}.down_proj.weight"] = down_FD.T
-    return state
+        if experts.biases is not None:
+            bias_EF = experts.biases.gate_up_EF
+            parts = bias_EF[expert_F, neuron_F], bias_EF[expert_F, width + neuron_F]
+            biases.append(torch.cat(parts).float())
+    return state, torch.stack(biases) if biases else None
 
 
 def _without_own(fit: _Fit) -> Tensor:
-    """Return the layer's output without the neurons that experts keep for themselves, (T, D)."""
-    left_TD = fit.call.y_TD.clone()
+    """Return the layer's output, (T, D), without what needs no base: the neurons that experts keep
+    for themselves and the biases of their down projections."""
+    added_TD = fit.experts.down_bias_added(fit.call.index_TK, fit.call.weight_TK)
+    left_TD = fit.call.y_TD.clone() if added_TD is None else fit.call.y_TD - added_TD
     for expert in range(len(fit.groups)):
         token_N, weight_N1 = rows_of_expert(fit.call, expert)
         z_NO = fit.own_neurons(expert, token_N) * weight_N1
@@ -272,11 +334,11 @@ def _fit_all_gains(fit: _Fit) -> None:
     for expert in range(len(fit.groups)):
         token_N, weight_N1 = rows_of_expert(fit.call, expert)
         if len(token_N):
-            gate_up_FD, down_DF = fit.base(expert)
-            x_ND = fit.call.x_TD[token_N]
+            down_DF, x_ND = fit.base_down(expert), fit.call.x_TD[token_N]
             own_ND = fit.own_neurons(expert, token_N) @ fit.own_down(expert).T
-            target_ND = (fit.experts.run(expert, x_ND) - own_ND) * weight_N1
-            z_NF = neurons(fit.experts, gate_up_FD, x_ND) * weight_N1
+            whole_ND = fit.experts.neurons(expert, x_ND) @ fit.experts.down(expert).T
+            target_ND = (whole_ND - own_ND) * weight_N1
+            z_NF = fit.base_neurons(expert, x_ND) * weight_N1
             gain_F = fit_gains(z_NF, target_ND, down_DF)
             used_F = gain_F.square() * z_NF.square().sum(0) * down_DF.square().sum(0)
             fit.slot_EO[expert] = used_F.sort(stable=True).indices[:kept]
@@ -304,17 +366,16 @@ def _fit_deltas(fit: _Fit, left_TD: Tensor, rank: int) -> None:
     down_b = torch.zeros(count, hidden, down_rank, **zeros)
     places = torch.arange(kept, device=left_TD.device)
     for expert in range(count):
-        gate_up_FD, down_DF = fit.base(expert)
         slot_O = fit.slot_EO[expert]
         gate_up_a[expert, : 2 * kept] = fit.own_rows(expert)
         gate_up_a[expert, 2 * kept :] = _directions(fit.experts, expert, rank - 2 * kept)
         gate_up_b[expert, slot_O, places] = 1.0
         gate_up_b[expert, width + slot_O, kept + places] = 1.0
         down_a[expert, places, slot_O] = 1.0
-        down_b[expert, :, :kept] = fit.own_down(expert) - down_DF[:, slot_O]
+        down_b[expert, :, :kept] = fit.own_down(expert) - fit.base_down(expert)[:, slot_O]
 
         token_N, weight_N1 = rows_of_expert(fit.call, expert)
-        z_NF = neurons(fit.experts, gate_up_FD, fit.call.x_TD[token_N])
+        z_NF = fit.base_neurons(expert, fit.call.x_TD[token_N])
         z_NF = z_NF * fit.state["scale"][expert, width:]
         z_NF[:, slot_O] = fit.own_neurons(expert, token_N)
         z_NF = z_NF * weight_N1

@@ -16,10 +16,12 @@ from moefuse.mathematics.alignment import ExpertWeights
 class Gating(Protocol):
     """What joins an expert's gate and up, of one shape, to its neurons' values.
 
-    ``linear_in_up`` says whether ``gating(gate, c * up)`` is ``c * gating(gate, up)``.
+    ``linear_in_up`` says whether ``gating(gate, c * up)`` is ``c * gating(gate, up)``. Every gating
+    multiplies a function of the gate by ``up + up_offset``, but for what it clamps.
     """
 
     linear_in_up: bool
+    up_offset: float
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return the neurons' values."""

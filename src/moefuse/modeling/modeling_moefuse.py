@@ -60,7 +60,7 @@ Gating = Callable[[Tensor, Tensor], Tensor]
 class PlainGating:
     """``act(gate) * up`` with the teacher's elementwise activation."""
 
-    linear_in_up = True
+    linear_in_up, up_offset = True, 0.0
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         self.activation = activation
@@ -73,7 +73,7 @@ class PlainGating:
 class ClampedGating:
     """``(u + 1) * g * sigmoid(alpha * g)``, g at most ``limit`` and u between minus it and it."""
 
-    linear_in_up = False
+    linear_in_up, up_offset = False, 1.0
 
     def __init__(self, alpha: float, limit: float) -> None:
         self.alpha, self.limit = alpha, limit

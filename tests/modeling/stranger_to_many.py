@@ -1,4 +1,4 @@
-"""A user who has torch and transformers and no moefuse, with students of own neurons.
+"""A user who has torch and transformers and no moefuse, with several students.
 
 Arguments: a directory to write to, and students. Leaves what each computes, and computes again when
 saved and loaded, in ``NAME.safetensors``.
