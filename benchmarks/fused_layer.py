@@ -41,7 +41,7 @@ ORIGINALS = ("eager", "batched_mm", "grouped_mm")
 CACHE_BYTES = 400e6
 REPEATS = 15
 MOST_GATHERED = 8e9
-"""Bytes of weights that the batched implementation may copy for its rows; beyond, it is left out."""
+"""Bytes of weights that the batched way may copy for its rows; beyond, it is left out."""
 Call = tuple[Tensor, Tensor, Tensor]
 
 
@@ -118,7 +118,7 @@ class Clock:
 
 
 def trained_routing() -> Tensor:
-    """Return the experts that the bundled teacher's middle layer chooses on held-out text (T, 6)."""
+    """Return the experts that the bundled teacher's middle layer chooses on held-out text."""
     model, tokenizer = load_model(demo.teacher_path(), dtype="float32", device="cpu")
     found: list[Tensor] = []
     experts = [m for m in model.modules() if isinstance(m, DeepseekV2Experts)]
@@ -193,7 +193,7 @@ class Dense(nn.Module):
 
 def needed(cell: Cell, index_TK: Tensor, itemsize: int) -> tuple[float, float]:
     """Count the bytes that must move and the operations that must be done."""
-    hidden, intermediate, experts, top_k = SHAPES[cell.shape]
+    hidden, intermediate, _, _ = SHAPES[cell.shape]
     group_TK = index_TK % cell.groups
     pairs = sum(len(row.unique()) for row in group_TK.cpu())
     rows = index_TK.numel()

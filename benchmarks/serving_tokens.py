@@ -23,7 +23,7 @@ from moefuse.evaluation.machine import machine_meta
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("tests_engines", "tests")]
 
-from conftest import greedy  # noqa: E402
+from served import greedy  # noqa: E402
 from test_tokens import generate  # noqa: E402
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Student
+from served import Student
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Student, greedy
+from served import Student, greedy
 from test_tokens import generate
 from torch import Tensor, nn
 
 from moefuse.export.vllm_plugin.served_experts import ServedExperts
-from moefuse.modeling.modeling_moefuse import FusedExperts
+from moefuse.modeling.modeling_moefuse import FusedExperts, PlainGating
 
 D, F, E, G, K = 24, 16, 12, 5, 3
 
 
 def fused(*, rank: int, scale: bool, bias: bool) -> FusedExperts:
     draw = torch.Generator().manual_seed(rank)
-    module = FusedExperts(D, F, E, G, rank, nn.functional.silu, scale=scale, bias=bias)
+    module = FusedExperts(D, F, E, G, rank, PlainGating(nn.functional.silu), scale=scale, bias=bias)
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw) / 4
     module.group_of_expert.copy_(torch.randint(G, (E,), generator=draw))

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest import Student
+from served import Student
 from servers import Server, running
 from transformers import AutoTokenizer, PreTrainedModel
 

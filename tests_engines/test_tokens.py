@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NEW, Student, greedy, prompts_for
+from served import NEW, Student, greedy, prompts_for
 
 HERE = Path(__file__).parent
 SMALL = {

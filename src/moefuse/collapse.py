@@ -190,7 +190,7 @@ class CollapseJob:
 
     def _make(self, layer: int, call: Any) -> None:
         module, options = self.empty_layer(layer), self.options
-        gate_up_EFD, down_EDF = self.reader.read_experts(layer, device=self.device)
+        gate_up_EFD, down_EDF, _ = self.reader.read_experts(layer, device=self.device)
         group_E = self.group_of_expert(layer).to(self.device)
         mass_E = routed_mass(call, self.reader.shape.experts)
         begin(module, self.router(layer), gate_up_EFD, down_EDF, group_E, mass_E)

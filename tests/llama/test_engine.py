@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from files import (
     cutting_tokenizer,
     expected,
     greedy,

@@ -8,7 +8,7 @@ import torch
 from numeric import assert_close
 from torch import Tensor, nn
 
-from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts, PlainRows
+from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts, PlainGating, PlainRows
 
 T, E, K, D, F = 13, 8, 2, 12, 10
 
@@ -22,7 +22,12 @@ def _compiled_anew() -> Iterator[None]:
 
 def neuron_experts(bits: str = "16", shared: int = 3) -> NeuronExperts:
     module = NeuronExperts(
-        D, E, nn.functional.silu, neurons={bits: E * 4}, shared=shared, shared_bits=bits
+        D,
+        E,
+        PlainGating(nn.functional.silu),
+        neurons={bits: E * 4},
+        shared=shared,
+        shared_bits=bits,
     )
     module.widths.fill_(4)
     for rows in module.modules():
@@ -32,7 +37,7 @@ def neuron_experts(bits: str = "16", shared: int = 3) -> NeuronExperts:
 
 
 def fused_experts() -> FusedExperts:
-    module = FusedExperts(D, F, E, 3, 2, nn.functional.silu, scale=True, bias=True)
+    module = FusedExperts(D, F, E, 3, 2, PlainGating(nn.functional.silu), scale=True, bias=True)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     return module.eval()

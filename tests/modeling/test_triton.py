@@ -78,7 +78,7 @@ def test_sizes_beyond_one_tile(rank: int, options: dict[str, Any], dtype: torch.
     module = random_experts(sizes, **options).to(dtype)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter *= 0.3
+            parameter.mul_(0.3)
     x_TD, index_TK, w_TK = random_call(sizes)
     x_TD = x_TD.to(dtype)
 

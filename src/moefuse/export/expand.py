@@ -91,7 +91,7 @@ def expand(
     write_plain(
         wide,
         config,
-        lambda layer: wide.read_experts(layer, dtype=stored),
+        lambda layer: wide.read_experts(layer, dtype=stored)[:2],
         out,
         card=plain_card(out.name, reader, what, student_bytes=made, made_bytes=size),
         description="Expand",

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moefuse.checkpoint.headers import local_headers
+from moefuse.checkpoint.native import Weights
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.devices import WORKING
 from moefuse.errors import UserError
@@ -46,6 +46,12 @@ class StudentReader(CheckpointReader):
             )
         block = headers.config["moefuse"]
         family = all_families()[block["teacher_model_type"]]
+        if family.stacked is not None:
+            raise UserError(
+                f"{directory} is of family {family.model_type}, whose checkpoints keep a layer's "
+                "experts stacked in one tensor; plain checkpoints are written for families with "
+                "tensors of every expert's own."
+            )
         config = plain_config(headers.config, family)
         if any(plan["delta"] in MULTIPLEXED for plan in block["layers"].values()):
             raise UserError(
@@ -93,8 +99,8 @@ class StudentReader(CheckpointReader):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return a layer's experts written out, ``gate_up`` (E, 2F, D) and ``down`` (E, D, F)."""
+    ) -> Weights:
+        """Return experts written out: ``gate_up`` (E, 2F, D), ``down`` (E, D, F), no biases."""
         shape = self.shape
         place: dict[str, Any] = {"dtype": dtype or self.dtype, "device": device}
         gate_up_EFD = torch.empty((shape.experts, 2 * shape.intermediate, shape.hidden), **place)
@@ -103,7 +109,7 @@ class StudentReader(CheckpointReader):
         for expert, (gate_up_FD, down_DF) in enumerate(experts):
             gate_up_EFD[expert].copy_(gate_up_FD)
             down_EDF[expert].copy_(down_DF)
-        return gate_up_EFD, down_EDF
+        return gate_up_EFD, down_EDF, None
 
     def _experts_path(self, layer: int) -> str:
         return f"{self.family.moe_path(layer)}.{self.family.experts_name}."

@@ -13,7 +13,7 @@ checkpoint finds it without importing moefuse.
 
 import os
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ SETTINGS = ("auto", "triton", "plain")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INSTALLED = find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
 
-if INSTALLED:
+if INSTALLED or TYPE_CHECKING:
     from moefuse.modeling.kernels import triton_path
 
 

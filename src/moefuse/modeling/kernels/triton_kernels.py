@@ -22,10 +22,22 @@ CLAMPED = tl.constexpr(2)
 
 @triton.jit
 def order_rows(
-    index, place_of_expert, order, start, rows, experts,
-    x, a, inner, width, top_k,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    RANK: tl.constexpr, FILLED: tl.constexpr, WIDTH: tl.constexpr,
+    index,
+    place_of_expert,
+    order,
+    start,
+    rows,
+    experts,
+    x,
+    a,
+    inner,
+    width,
+    top_k,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Order rows by place: ``order`` (N) row numbers, ``start`` (E + 1) where each place begins.
 
@@ -55,8 +67,15 @@ def order_rows(
 
 @triton.jit
 def inner_by_row(
-    z, a, order, index, inner, width,
-    RANK: tl.constexpr, FILLED: tl.constexpr, WIDTH: tl.constexpr,
+    z,
+    a,
+    order,
+    index,
+    inner,
+    width,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Do what ``inner_rows`` does for ordered rows ``z``, a program a row."""
     position = tl.program_id(0)
@@ -66,8 +85,16 @@ def inner_by_row(
 
 @triton.jit
 def _inner_of_row(
-    x, source, a, index, row, inner, width,
-    RANK: tl.constexpr, FILLED: tl.constexpr, WIDTH: tl.constexpr,
+    x,
+    source,
+    a,
+    index,
+    row,
+    inner,
+    width,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     expert = tl.load(index + row).to(tl.int64)
     rank = tl.arange(0, FILLED)
@@ -211,7 +238,7 @@ def _gated(gate, up, alpha, limit, GATING: tl.constexpr):
 
 
 @triton.jit
-def gate_up(
+def gate_up(  # noqa: PLR0915
     x,
     table,
     order,
@@ -290,12 +317,10 @@ def gate_up(
         inner_MQ = _inner_of_tile(inner, row, live, RANK, FILLED)
         lowest = tl.min(tl.where(live, place, 2147483647), 0)
         highest = tl.max(tl.where(live, place, -1), 0)
-        for member in range(lowest, highest + 1):
+        for member in range(lowest, highest + 1):  # type: ignore[reportArgumentType]
             other = tl.load(expert_of_place + member)
             gate_QX = _factor(b, other, column, inside, 2 * intermediate, RANK, FILLED)
-            up_QX = _factor(
-                b, other, column + intermediate, inside, 2 * intermediate, RANK, FILLED
-            )
+            up_QX = _factor(b, other, column + intermediate, inside, 2 * intermediate, RANK, FILLED)
             own_MQ = tl.where((place == member)[:, None], inner_MQ, 0.0).to(inner_MQ.dtype)
             gate_MX = tl.dot(own_MQ, gate_QX, gate_MX, input_precision=PRECISION)
             up_MX = tl.dot(own_MQ, up_QX, up_MX, input_precision=PRECISION)
@@ -373,7 +398,7 @@ def down(
         inner_MQ = _inner_of_tile(inner, row, live, RANK, FILLED)
         lowest = tl.min(tl.where(live, place, 2147483647), 0)
         highest = tl.max(tl.where(live, place, -1), 0)
-        for member in range(lowest, highest + 1):
+        for member in range(lowest, highest + 1):  # type: ignore[reportArgumentType]
             other = tl.load(expert_of_place + member)
             b_QX = _factor(b, other, column, inside, hidden, RANK, FILLED)
             own_MQ = tl.where((place == member)[:, None], inner_MQ, 0.0).to(inner_MQ.dtype)

@@ -269,18 +269,23 @@ def _gating_of(gating: Any) -> tuple[int, float, float] | None:
 
 def obstacle(module: Any, x_TD: Tensor) -> str | None:
     """Say what of ``module`` or ``x_TD`` (T, D) the kernels cannot compute, or None."""
+    found = None
     if x_TD.dtype not in DTYPES:
-        return f"they compute float32, bfloat16 and float16, not {x_TD.dtype}"
-    if torch.is_autocast_enabled(x_TD.device.type):
-        return "autocast is on"
-    if _gating_of(module.gating) is None:
-        return "they know silu, gelu and gpt-oss's gating alone"
-    if module.delta is not None and type(module.delta).__name__ != "LowRankDelta":
-        return "they know low-rank deltas alone"
-    for base in module.bases:
-        for linear in (base.gate_up_proj, base.down_proj):
-            if type(linear) is not torch.nn.Linear:
-                return f"a base is a {type(linear).__name__}, not a plain nn.Linear"
+        found = f"they compute float32, bfloat16 and float16, not {x_TD.dtype}"
+    elif torch.is_autocast_enabled(x_TD.device.type):
+        found = "autocast is on"
+    elif _gating_of(module.gating) is None:
+        found = "they know silu, gelu and gpt-oss's gating alone"
+    elif module.delta is not None and type(module.delta).__name__ != "LowRankDelta":
+        found = "they know low-rank deltas alone"
+    return found or _obstacle_of_weights(module, x_TD)
+
+
+def _obstacle_of_weights(module: Any, x_TD: Tensor) -> str | None:
+    linears = [linear for base in module.bases for linear in base.children()]
+    strange = next((one for one in linears if type(one) is not torch.nn.Linear), None)
+    if strange is not None:
+        return f"a base is a {type(strange).__name__}, not a plain nn.Linear"
     for parameter in module.parameters():
         if parameter.dtype != x_TD.dtype or parameter.device != x_TD.device:
             return f"weights are {parameter.dtype} on {parameter.device}, the input is not"
