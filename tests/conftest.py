@@ -1,15 +1,18 @@
 """Settings and fixtures that every test shares."""
 
 import os
+from pathlib import Path
 
 # Before transformers is imported anywhere: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before triton is: on a machine without a GPU its kernels are interpreted.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch

@@ -11,7 +11,9 @@ from random_experts import Sizes, random_call, random_experts
 from test_fused_experts import KINDS, gradients, layers
 from torch import Tensor
 
+from moefuse.errors import UserError
 from moefuse.modeling import FusedExperts, kernels
+from moefuse.modeling.kernels import triton_path
 from moefuse.modeling.naive import naive_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,3 +90,67 @@ def test_sizes_beyond_one_tile(rank: int, options: dict[str, Any], dtype: torch.
     expected = naive_forward(module.cpu(), x_TD, index_TK, w_TK)
     assert_close(y_TD.float(), expected, 1e-4 if dtype == torch.float32 else BF16)
     assert y_TD.dtype == dtype
+
+
+def test_the_order_is_by_group_and_expert_and_both_ways_agree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = Sizes(tokens=50, rank=5, groups=4)
+    module = random_experts(sizes, may_be_empty=True).requires_grad_(False)
+    call = random_call(sizes)
+    by_counting = triton_forward(module, *call)
+    monkeypatch.setattr(triton_path, "MOST_COUNTED", 0)
+    monkeypatch.setattr(triton_path, "FEW", 0)
+
+    assert_close(triton_forward(module, *call), by_counting)
+
+
+def test_the_same_call_gives_the_same_bytes_and_tokens_do_not_see_each_other() -> None:
+    sizes = Sizes(tokens=23, rank=3)
+    module = random_experts(sizes, scale=True).requires_grad_(False)
+    x_TD, index_TK, w_TK = random_call(sizes)
+    together = triton_forward(module, x_TD, index_TK, w_TK)
+
+    assert torch.equal(triton_forward(module, x_TD, index_TK, w_TK), together)
+    alone = [
+        triton_forward(module, x_TD[t : t + 1], index_TK[t : t + 1], w_TK[t : t + 1])
+        for t in range(sizes.tokens)
+    ]
+    assert_close(torch.cat(alone), together)
+
+
+def test_experts_that_change_groups_are_ordered_anew() -> None:
+    sizes = Sizes()
+    module = random_experts(sizes).requires_grad_(False)
+    call = random_call(sizes)
+    triton_forward(module, *call)
+    module.group_of_expert.copy_(module.group_of_expert.flip(0))
+
+    y_TD = triton_forward(module, *call)
+
+    assert_close(y_TD, naive_forward(module.cpu(), *call))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda module: setattr(module, "gating", object()), "silu, gelu and gpt-oss"),
+        (lambda module: module.bases[0].double(), "weights are torch.float64"),
+    ],
+)
+def test_what_triton_cannot_do_is_refused_if_asked_for_and_done_plainly_if_not(
+    change: Any, told: str
+) -> None:
+    module = random_experts(Sizes()).to(DEVICE)
+    change(module)
+    call = [tensor.to(DEVICE) for tensor in random_call(Sizes())]
+
+    with pytest.raises(UserError, match=f"MOEFUSE_KERNELS is 'triton', but .*{told}"):
+        module(*call)
+    kernels.use("auto")
+    assert kernels.offered(module, *call) is None
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(UserError, match="MOEFUSE_KERNELS is 'fast'; choose from auto, triton"):
+        kernels.use("fast")
