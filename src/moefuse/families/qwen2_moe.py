@@ -4,6 +4,7 @@ Where the sliding window is on, it holds for the layers that ``layer_types`` nam
 every second one, beginning with the first, below ``max_window_layers``.
 """
 
+from moefuse.families._gguf import Gguf, qwen2_facts
 from moefuse.families.base import (
     Config,
     Family,
@@ -34,4 +35,5 @@ FAMILY = Family(
     has_experts=at_sparse_steps,
     shared_experts=lambda config: 1,  # noqa: ARG005
     window=alternating_window,
+    gguf=Gguf(architecture="qwen2moe", facts=qwen2_facts, normalises=False),
 )
