@@ -21,7 +21,7 @@ from moefuse.families import all_families
 from moefuse.modeling import load_fused
 from moefuse.pipeline import fuse
 
-FAMILIES = sorted(name for name, family in all_families().items() if family.stacked is None)
+FAMILIES = sorted(all_families())
 IDS_BS = torch.randint(2, 64, (2, 11), generator=torch.Generator().manual_seed(0))
 Make = Callable[..., Path]
 
@@ -87,7 +87,8 @@ def test_every_family_becomes_its_own_architecture(
     config = json.loads((tmp_path / "plain/config.json").read_text())
     assert all_families()[family].shape(config).experts == 3
     assert result.top_k == all_families()[family].shape(config).top_k == 2
-    assert all(error["after"] <= error["before"] < 1 for error in result.errors.values())
+    # Random experts have nothing in common, so a mean of them may err by more than the whole.
+    assert all(error["after"] < error["before"] for error in result.errors.values())
     # What was measured layer by layer is what the written model does.
     (loss,) = result.losses
     held = home / "held.jsonl"

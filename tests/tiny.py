@@ -132,6 +132,8 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         "input_jitter_noise": 0.01,
     },
     "qwen3_5_moe_text": {
+        # The class of its tokenizers adds a token of its own.
+        "vocab_size": VOCABULARY + 1,
         "num_experts": 8,
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 24,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moefuse import artifacts, corpus
+from moefuse.checkpoint.native import Weights, from_native
 from moefuse.checkpoint.passed import OnDisk
 from moefuse.checkpoint.reader import fingerprint_of
 from moefuse.checkpoint.streaming import StreamedTeacher, native_model
@@ -45,6 +46,7 @@ from moefuse.evaluation.streamed import HeldOut, pass_through, remembered
 from moefuse.export.plain import write_plain
 from moefuse.export.plain_card import plain_card
 from moefuse.export.student_reader import StudentReader
+from moefuse.families import Family
 from moefuse.heal import heal_in_place
 from moefuse.healing.text import pack
 from moefuse.measuring import read_held_out
@@ -190,10 +192,10 @@ class CollapseJob:
 
     def _make(self, layer: int, call: Any) -> None:
         module, options = self.empty_layer(layer), self.options
-        gate_up_EFD, down_EDF, _ = self.reader.read_experts(layer, device=self.device)
+        weights = self.reader.read_experts(layer, device=self.device)
         group_E = self.group_of_expert(layer).to(self.device)
         mass_E = routed_mass(call, self.reader.shape.experts)
-        begin(module, self.router(layer), gate_up_EFD, down_EDF, group_E, mass_E)
+        begin(module, self.router(layer), weights, group_E, mass_E)
         fit_router(
             module,
             call,
@@ -304,9 +306,8 @@ class CollapseJob:
                 return tensor
             return of(layer).get(name.removeprefix(f"{family.moe_path(layer)}."), tensor)
 
-        def experts(layer: int) -> tuple[Tensor, Tensor]:
-            path = f"{family.experts_name}."
-            return of(layer)[f"{path}gate_up_proj"], of(layer)[f"{path}down_proj"]
+        def experts(layer: int) -> Weights:
+            return _below(of(layer), f"{family.experts_name}.", family)
 
         self._write(out, change, experts, errors, losses)
 
@@ -319,11 +320,11 @@ class CollapseJob:
         def change(name: str, tensor: Tensor) -> Tensor:
             return state[name].detach().to("cpu", tensor.dtype)
 
-        def experts(layer: int) -> tuple[Tensor, Tensor]:
+        def experts(layer: int) -> Weights:
             path = f"{family.moe_path(layer)}.{family.experts_name}."
-            names = (f"{path}gate_up_proj", f"{path}down_proj")
-            gate_up, down = (state[name].detach().to("cpu", self.reader.dtype) for name in names)
-            return gate_up, down
+            found = {name: tensor for name, tensor in state.items() if name.startswith(path)}
+            stored = {n: t.detach().to("cpu", self.reader.dtype) for n, t in found.items()}
+            return _below(stored, path, family)
 
         self._write(out, change, experts, errors, losses)
 
@@ -419,6 +420,13 @@ class CollapseJob:
                 losses = [*losses, healed]
         self.write_model(out, model.state_dict(), self.errors(), losses)
         return losses
+
+
+def _below(state: Mapping[str, Tensor], path: str, family: Family) -> Weights:
+    """Return a native experts module's weights out of a state, by what its names start with."""
+    names = [name for name in state if name.startswith(path)]
+    native = {name.removeprefix(path): state[name] for name in names}
+    return from_native(native, family.layout)
 
 
 def collapsible_groups(reader: StudentReader) -> int:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from moefuse.errors import UserError
 
@@ -224,14 +224,21 @@ def _pick(row: dict[str, Any], column: str) -> dict[str, Any]:
 
 
 def load_tokenizer(
-    directory: Path, source: str, *, trust_remote_code: bool = False
+    directory: Path,
+    source: str,
+    *,
+    trust_remote_code: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the checkpoint in ``directory``, which people know as ``source``.
 
-    Raises ``UserError`` where there is none that can be loaded.
+    ``config`` stands in for the checkpoint's own, which has a say in the tokenizer's class. Raises
+    ``UserError`` where there is none that can be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            directory, config=config, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # tokenizers fail in as many ways as there are formats
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(

@@ -513,6 +513,7 @@ class Job(JobInputs):
             dtype=self.stored,
             max_shard_bytes=self.max_shard_bytes,
             job=self._mark(directory),
+            tokenizer_class=type(self.tokenizer).__name__,
             describe=lambda partial: write_card(partial, record),
         )
 

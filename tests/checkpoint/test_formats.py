@@ -29,6 +29,7 @@ from moefuse.pipeline import fuse
 from moefuse.planning import plan_checkpoint
 
 Tiny = Callable[..., Path]
+TWINS = ("plain", "packed")
 REFERENCES = Path(__file__).with_name("data") / "compressed_tensors.safetensors"
 DTYPES = {
     torch.float32: "F32",
@@ -222,12 +223,16 @@ def test_gpt_oss_in_mxfp4_is_fused_as_the_plain_one(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
     assert inspect_checkpoint(tmp_path / "packed").quantization == "mxfp4"
+    plans = [plan_checkpoint(tmp_path / n, {"groups": 3, "rank": 2}).plan for n in TWINS]
+    assert plans[0] is not None and plans[1] is not None
+    assert plans[0].layers == plans[1].layers and plans[0].parameters == plans[1].parameters
+    assert plans[1].teacher_bytes < plans[0].teacher_bytes / 2
     ids_BS = torch.randint(2, 64, (2, 23), generator=generator)
 
     data = str(write_text(tmp_path / "text.txt"))
     values = {"groups": 8, "rank": 0, "steps": 0, "tokens": 512, "data": data}
     logits = []
-    for name in ("plain", "packed"):
+    for name in TWINS:
         tiny_tokenizer().save_pretrained(tmp_path / name)
         fuse(tmp_path / name, tmp_path / f"{name}-student", values)
         student, _ = load_model(tmp_path / f"{name}-student", dtype="float32")

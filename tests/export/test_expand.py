@@ -17,15 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moefuse.checkpoint.headers import read_headers
 from moefuse.checkpoint.reader import CheckpointReader
-from moefuse.errors import UserError
 from moefuse.export.expand import expand
 from moefuse.export.student_reader import StudentReader
 from moefuse.families import all_families
 from moefuse.modeling import load_fused
 from moefuse.pipeline import fuse
 
-FAMILIES = sorted(name for name, family in all_families().items() if family.stacked is None)
-STACKED = sorted(set(all_families()) - set(FAMILIES))
+FAMILIES = sorted(all_families())
 IDS_BS = torch.randint(2, 64, (2, 11), generator=torch.Generator().manual_seed(0))
 LOADS = """
 import sys
@@ -104,15 +102,6 @@ def test_names_are_those_of_published_checkpoints(
 
 def names(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in read_headers(checkpoint).tensors.items()}
-
-
-@pytest.mark.parametrize("family", STACKED)
-def test_families_of_stacked_experts_are_refused_by_name(
-    student: Make, tmp_path: Path, family: str
-) -> None:
-    with pytest.raises(UserError, match=f"family {family}, whose checkpoints keep"):
-        expand(student(family, groups=2, rank=1), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_it_loads_where_moefuse_is_not(student: Make, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_tensors_are_the_checkpoints(family: str, tmp_path: Path) -> None:
     assert facts[f"{architecture}.block_count"] == 3
     assert_close(tensors["token_embd.weight"], reader.read("model.embed_tokens.weight"))
     for layer in reader.shape.layers:
-        gate_up, down = reader.read_experts(layer)
+        gate_up, down, _ = reader.read_experts(layer)
         assert_close(tensors[f"blk.{layer}.ffn_gate_exps.weight"], gate_up[:, :16])
         assert_close(tensors[f"blk.{layer}.ffn_up_exps.weight"], gate_up[:, 16:])
         assert_close(tensors[f"blk.{layer}.ffn_down_exps.weight"], down)
@@ -133,7 +133,7 @@ def test_numbers_are_stored_as_asked(
     # Rows of 16 are half a block.
     assert kinds["blk.0.ffn_down_exps.weight"] == ("F16" if quant == "Q8_0" else quant)
     _, tensors = read(tmp_path / "out.gguf")
-    expected, _ = CheckpointReader.open(tmp_path / "plain").read_experts(0)
+    expected, *_ = CheckpointReader.open(tmp_path / "plain").read_experts(0)
     assert_close(tensors["blk.0.ffn_up_exps.weight"], expected[:, 16:], tolerance)
 
 

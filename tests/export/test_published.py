@@ -15,6 +15,7 @@ from tiny import save_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.published import import_published
 from moefuse.heal import heal
 from moefuse.modeling import load_fused
@@ -135,6 +136,21 @@ def test_outputs_are_the_formulas(published: Any, tmp_path: Path, family: str, k
         cache = step.past_key_values
         rows.append(step.logits)
     assert_close(torch.cat(rows, 1), expected(IDS_BS[:1]).logits)
+
+
+def test_its_tokenizer_is_what_models_of_the_family_load(published: Any, tmp_path: Path) -> None:
+    """Its settings name another class, as DeepSeek's do, which cuts text otherwise."""
+    old, _ = published()
+    settings = json.loads((old / "tokenizer_config.json").read_text())
+    named = {**settings, "tokenizer_class": "LlamaTokenizerFast"}
+    (old / "tokenizer_config.json").write_text(json.dumps(named))
+
+    import_published(old, tmp_path / "new")
+
+    theirs, ours = (load_tokenizer(tmp_path / name) for name in ("teacher", "new"))
+    assert type(ours) is type(theirs)
+    text = "  def  add(first):"
+    assert ours(text).input_ids == theirs(text).input_ids
 
 
 @torch.no_grad()

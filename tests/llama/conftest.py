@@ -1,5 +1,11 @@
-"""Fixtures of llama.cpp's tests."""
+"""What all tests that run llama.cpp share; they are no part of the usual suite."""
 
-from files import tokenizer
+import pytest
+from engine import cutting_tokenizer
+from transformers import PreTrainedTokenizerFast
 
-__all__ = ["tokenizer"]
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that cuts as GPT-2 does."""
+    return cutting_tokenizer(("bytes",))

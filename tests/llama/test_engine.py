@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from files import (
+from engine import (
     cutting_tokenizer,
     expected,
     greedy,

@@ -1,5 +1,6 @@
 """A student of every family whose experts share bases, saved, loaded and used by a stranger."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from strangers import IDS_BS, TO_MANY, see
 from tiny import TEXT, save_tiny
 from torch import Tensor
 
+from moefuse.evaluation.loading import load_tokenizer
 from moefuse.families import all_families
 from moefuse.modeling import FusedExperts, load_fused
 from moefuse.pipeline import fuse
@@ -67,3 +69,36 @@ def test_saved_again_it_is_the_same(family: str, home: Path, seen: Path, tmp_pat
         assert stored.keys() == wanted.keys()
         assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
         assert torch.equal(again(IDS_BS).logits, first(IDS_BS).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "named", "true"),
+    [
+        ("deepseek_v2", "LlamaTokenizerFast", "TokenizersBackend"),
+        ("phimoe", "LlamaTokenizerFast", "TokenizersBackend"),
+        ("qwen3_5_moe_text", "Qwen2Tokenizer", "Qwen3_5Tokenizer"),
+        ("olmoe", None, "GPTNeoXTokenizer"),
+    ],
+)
+def test_the_tokenizer_is_the_one_that_the_teachers_is_loaded_as(
+    family: str, named: str | None, true: str, tmp_path: Path
+) -> None:
+    """Published settings name another class, which Transformers mends by the model type alone."""
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    save_tiny(teacher, family)
+    settings = json.loads((teacher / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = named
+    (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
+    if named is None:
+        (teacher / "tokenizer_config.json").unlink()
+    (tmp_path / "text.txt").write_text(TEXT * 8)
+    values = {"data": str(tmp_path / "text.txt"), "tokens": 64, "sequence_length": 32}
+
+    fuse(teacher, student, {**values, "steps": 0, "groups": 3, "rank": 0})
+
+    theirs, ours = (load_tokenizer(directory) for directory in (teacher, student))
+    assert type(theirs).__name__ == type(ours).__name__ == true
+    assert ours.get_vocab() == theirs.get_vocab()
+    for text in (TEXT, "  def  add(a,\n\t b)", ""):
+        assert ours(text).input_ids == theirs(text).input_ids
+        assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)

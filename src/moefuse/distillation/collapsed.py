@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefuse.checkpoint.native import Weights, to_native
 from moefuse.distillation.loop import learning_rate_factor
 from moefuse.families import Family
-from moefuse.mathematics.experts import ExpertsCall
+from moefuse.mathematics.experts import ExpertBiases, ExpertsCall
 
 ROUTER_RATE = 1e-2
 WARMUP = 0.05
@@ -54,12 +55,15 @@ class CollapsedLayer(nn.Module):
 
     @property
     def experts(self) -> Any:
-        """The native experts module: ``gate_up_proj`` (G, 2F, D), ``down_proj`` (G, D, F)."""
+        """The native experts module, laid out as the family has it."""
         return getattr(self.block, self.family.experts_name)
 
     def forward(self, x_TD: Tensor, *_: Tensor) -> Tensor:
         """Return what the routed experts add, (T, D)."""
-        return self.block(x_TD.unsqueeze(0)).squeeze(0)
+        returned = self.block(x_TD.unsqueeze(0))
+        # Some blocks return what their router said behind it.
+        y_1TD = returned[0] if isinstance(returned, tuple) else returned
+        return y_1TD.squeeze(0)
 
     @contextmanager
     def listening(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -110,23 +114,32 @@ def folded(stacked_E: Tensor, group_E: Tensor, mass_E: Tensor) -> Tensor:
 def begin(
     layer: CollapsedLayer,
     router: dict[str, Tensor],
-    gate_up_EFD: Tensor,
-    down_EDF: Tensor,
+    weights: Weights,
     group_E: Tensor,
     mass_E: Tensor,
 ) -> None:
     """Give a layer its first weights, fp32: what it folds out of E experts and their router.
 
     ``router`` is the state of the teacher's router by the names in its module. Its rows are
-    folded; a bias that only chooses begins at zero, because scores mean something else now.
+    folded, and biases of logits; a bias that only chooses begins at zero, because scores mean
+    something else now.
     """
-    device, name = gate_up_EFD.device, layer.family.router_weight
+    gate_up_EFD, down_EDF, biases = weights
+    device, family = gate_up_EFD.device, layer.family
     layer.block.to_empty(device=device).float()
     state = {key: torch.zeros_like(value) for key, value in layer.router.state_dict().items()}
-    state[name] = folded(router[name].to(device), group_E, mass_E)
+    for name in (family.router_weight, family.router_bias):
+        if name is not None:
+            state[name] = folded(router[name].to(device), group_E, mass_E)
     layer.router.load_state_dict(state)
-    layer.experts.gate_up_proj.copy_(folded(gate_up_EFD, group_E, mass_E))
-    layer.experts.down_proj.copy_(folded(down_EDF, group_E, mass_E))
+    if biases is not None:
+        biases = ExpertBiases(
+            folded(biases.gate_up_EF, group_E, mass_E), folded(biases.down_ED, group_E, mass_E)
+        )
+    gate_up_GFD, down_GDF = (folded(w, group_E, mass_E) for w in (gate_up_EFD, down_EDF))
+    native = to_native((gate_up_GFD, down_GDF, biases), family.layout)
+    for name, tensor in native.items():
+        getattr(layer.experts, name).copy_(tensor)
 
 
 def group_weights(index_TK: Tensor, weight_TK: Tensor, group_E: Tensor, groups: int) -> Tensor:
@@ -148,7 +161,7 @@ def fit_router(
     """Let the router learn each group's share of a token, then scale experts to their weights.
 
     The share is a group's weight over all groups'; lessened is its squared error, by AdamW.
-    Afterwards expert g's down projection is multiplied by the best constant between what its
+    Afterwards what expert g returns is multiplied by the best constant between what its
     router says and what the group weighs, ``sum c p / sum p p``.
     """
     groups = int(group_E.max()) + 1
@@ -180,3 +193,5 @@ def fit_router(
         square_G = torch.stack([said.square().sum(0) for said, _ in together]).sum(0)
         scale_G = torch.where(square_G > 0, product_G / square_G.clamp_min(1e-12), 1.0)
         layer.experts.down_proj.mul_(scale_G[:, None, None])
+        if layer.family.layout.biased:
+            layer.experts.down_proj_bias.mul_(scale_G[:, None])

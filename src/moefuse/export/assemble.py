@@ -24,6 +24,7 @@ from moefuse.modeling.modeling_moefuse import CLASS_PREFIX, MODEL_TYPE_PREFIX
 from moefuse.sizes import LayerPlan
 
 FORMAT_VERSION = 1
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 LayerState = Callable[[int], dict[str, Tensor]]
 
@@ -120,12 +121,14 @@ def assemble(
     dtype: torch.dtype,
     max_shard_bytes: int,
     job: str,
+    tokenizer_class: str | None,
     describe: Callable[[Path], None],
 ) -> None:
     """Write the student to ``out``, which appears whole or not at all.
 
-    ``job`` is the fingerprint of what made the layers; ``describe`` writes the model card into the
-    directory that it is given.
+    ``job`` is the fingerprint of what made the layers; ``tokenizer_class`` the name of the class
+    that the teacher's tokenizer is loaded as, None where it has none; ``describe`` writes the model
+    card into the directory that it is given.
     """
     partial = artifacts.partial_directory(out)
     with ShardedWriter(partial, max_shard_bytes) as writer:
@@ -135,8 +138,22 @@ def assemble(
         target = partial / path.relative_to(reader.directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    if tokenizer_class is not None:
+        _name_tokenizer(partial / TOKENIZER_CONFIG, tokenizer_class)
     shutil.copyfile(TRAVELLING_FILE, partial / TRAVELLING_FILE.name)
     config = student_config(reader.config, reader.family, layers, dtype, job)
     artifacts.write_json(partial / "config.json", config)
     describe(partial)
     artifacts.finish_directory(partial, out)
+
+
+def _name_tokenizer(path: Path, tokenizer_class: str) -> None:
+    """Let the settings of a tokenizer name the class that it is.
+
+    Transformers knows for some model types, DeepSeek's among them, that published settings name
+    another class, which cuts text otherwise. It does not know the student's model type. A class
+    that comes with the tokenizer (``auto_map``) is found as it is.
+    """
+    settings = artifacts.read_json(path) if path.is_file() else {}
+    if "auto_map" not in settings and settings.get("tokenizer_class") != tokenizer_class:
+        artifacts.write_json(path, {**settings, "tokenizer_class": tokenizer_class})

@@ -72,7 +72,7 @@ def expand(
     check_output(out, overwrite=overwrite)
     reader = StudentReader.of(Path(student))
     check_outside(out, reader.directory, "output")
-    if reader.has_biases and not drop_biases:
+    if reader.loses_biases and not drop_biases:
         raise UserError(
             f"{student} has a bias on every expert's neurons, which an ordinary expert cannot "
             "have; pass --drop-biases to write it without them, as another function than the "
@@ -86,19 +86,19 @@ def expand(
     config = {**wide.config, "dtype": str(stored).removeprefix("torch.")}
     _check_room(wide, stored, out)
     made = sum(tensor.stored_bytes for tensor in reader.tensors.values())
-    what = EXPANDED + WITHOUT_BIASES * reader.has_biases
+    what = EXPANDED + WITHOUT_BIASES * reader.loses_biases
     size = expanded_bytes(wide, stored)
     write_plain(
         wide,
         config,
-        lambda layer: wide.read_experts(layer, dtype=stored)[:2],
+        lambda layer: wide.read_experts(layer, dtype=stored),
         out,
         card=plain_card(out.name, reader, what, student_bytes=made, made_bytes=size),
         description="Expand",
         change=Padding(wide) if wide is not reader else None,
         max_shard_bytes=max_shard_bytes,
     )
-    return ExpandResult(out, size_of(out), made, width, reader.has_biases)
+    return ExpandResult(out, size_of(out), made, width, reader.loses_biases)
 
 
 class Padding:
@@ -126,7 +126,7 @@ def _dtype(name: str) -> torch.dtype:
 def expanded_bytes(reader: StudentReader, dtype: torch.dtype) -> int:
     """Return about how many bytes the student takes with all experts written out."""
     shape = reader.shape
-    experts = len(shape.layers) * shape.experts * 3 * shape.hidden * shape.intermediate
+    experts = len(shape.layers) * shape.layer_numbers
     fused = tuple(
         f"{reader.family.moe_path(n)}.{reader.family.experts_name}." for n in shape.layers
     )

@@ -6,7 +6,9 @@ neurons is those and the shared neurons, their gains in the down projection::
     gate_up_e = s_e * Wgu_g + Bgu_e Agu_e        down_e = Wd_g + Bd_e Ad_e
     down_e[:, shared f] = gain_ef * down_f
 
-Both are exact but for the rounding of the dtype. A bias is not: an ordinary expert has none.
+Both are exact but for the rounding of the dtype. In families whose experts have biases an expert
+has its own, and so has each of its neurons; elsewhere an ordinary expert has none, and a student's
+are lost.
 
 Shape suffixes: E experts, F neurons of an ordinary expert, D hidden width, O own neurons, S shared.
 """
@@ -19,22 +21,27 @@ from torch import Tensor
 
 from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts
 
-Ordinary = tuple[Tensor, Tensor]
-"""``gate_up`` (2F, D), gate first, and ``down`` (D, F) of one expert, fp32."""
+Ordinary = tuple[Tensor, Tensor, Tensor | None]
+"""``gate_up`` (2F, D), gate first, ``down`` (D, F) and, where there is one, the bias of ``gate_up``
+(2F,) of one expert, fp32."""
+Parts = tuple[Tensor, Tensor, Tensor | None]
+"""Gate and up, (2, F, D), down, (D, F), and biases, (2, F)."""
 
 
 @torch.no_grad()
 def ordinary_experts(module: FusedExperts | NeuronExperts, width: int) -> Iterator[Ordinary]:
     """Yield a layer's experts in order, each filled up with zeros to ``width`` neurons.
 
-    Neurons of zeros add nothing. A bias is left out; who must not lose it asks before.
+    Neurons of zeros add nothing. Who must not lose a bias that the family has none of asks before.
     """
     experts = _of_groups(module) if isinstance(module, FusedExperts) else _of_neurons(module)
-    for gate_FD, up_FD, down_DF in experts:
-        missing = width - len(gate_FD)
+    pad = torch.nn.functional.pad
+    for gate_up_PFD, down_DF, bias_PF in experts:
+        missing = width - down_DF.shape[1]
         assert missing >= 0
-        rows = [torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in (gate_FD, up_FD)]
-        yield torch.cat(rows), torch.nn.functional.pad(down_DF, (0, missing))
+        rows_FD = pad(gate_up_PFD, (0, 0, 0, missing)).flatten(0, 1)
+        bias_F = None if bias_PF is None else pad(bias_PF, (0, missing)).flatten()
+        yield rows_FD, pad(down_DF, (0, missing)), bias_F
 
 
 def widest(module: FusedExperts | NeuronExperts) -> int:
@@ -45,7 +52,7 @@ def widest(module: FusedExperts | NeuronExperts) -> int:
     return int(module.widths.sum(0).max()) + shared if module.widths.numel() else shared
 
 
-def _of_groups(module: FusedExperts) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _of_groups(module: FusedExperts) -> Iterator[Parts]:
     delta: Any = module.delta
     for expert, group in enumerate(module.group_of_expert.tolist()):
         base: Any = module.bases[group]
@@ -56,22 +63,31 @@ def _of_groups(module: FusedExperts) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             down_b_DR, gate_up_b_FR = delta.down_b[expert].float(), delta.gate_up_b[expert].float()
             gate_up_FD = gate_up_FD + gate_up_b_FR @ delta.gate_up_a[expert].float()
             down_DF = down_DF + down_b_DR @ delta.down_a[expert].float()
-        gate_FD, up_FD = gate_up_FD.chunk(2)
-        yield gate_FD, up_FD, down_DF
+        bias_PF = None if module.bias is None else module.bias[expert].float().unflatten(0, (2, -1))
+        yield gate_up_FD.unflatten(0, (2, -1)), down_DF, bias_PF
 
 
-def _of_neurons(module: NeuronExperts) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    own: Any = list(module.own.values())
+def _of_neurons(module: NeuronExperts) -> Iterator[Parts]:
+    own: Any = module.own
     starts = [0] * len(own)
     for expert in range(module.num_experts):
         widths = module.widths[:, expert].tolist()
-        spans = [
-            rows.read(start, start + width).float()
-            for rows, start, width in zip(own, starts, widths, strict=True)
-        ]
-        starts = [start + width for start, width in zip(starts, widths, strict=True)]
-        gate_FD, up_FD, down_FD = torch.cat([*spans, *_shared(module, expert)], 1).unbind(0)
-        yield gate_FD, up_FD, down_FD.T
+        spans = [slice(at, at + width) for at, width in zip(starts, widths, strict=True)]
+        starts = [span.stop for span in spans]
+        rows = [own[name].read(at.start, at.stop) for name, at in zip(own, spans, strict=True)]
+        rows_3FD = torch.cat([part.float() for part in rows] + _shared(module, expert), 1)
+        yield rows_3FD[:2], rows_3FD[2].T, _biases(module, spans)
+
+
+def _biases(module: NeuronExperts, spans: list[slice]) -> Tensor | None:
+    """Return the biases of an expert's neurons, own ones first: (2, F)."""
+    own: Any = module.own_bias
+    shared: Any = module.shared_bias
+    if own is None:
+        return None
+    parts = [rows.read(at.start, at.stop) for rows, at in zip(own.values(), spans, strict=True)]
+    parts += [] if shared is None else [shared.read(0, None)]
+    return torch.cat(parts, 1).squeeze(-1).float()
 
 
 def _shared(module: NeuronExperts, expert: int) -> list[Tensor]:

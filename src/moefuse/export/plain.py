@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moefuse import artifacts
 from moefuse.checkpoint.headers import CARD, CONFIG
+from moefuse.checkpoint.native import Weights, to_native
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.writer import ShardedWriter
 from moefuse.console import track
@@ -20,14 +21,17 @@ from moefuse.families import Family
 
 MAX_SHARD_BYTES = 4_000_000_000
 
-Stacked = tuple[Tensor, Tensor]
-"""``gate_up`` (E, 2F, D), gate first, and ``down`` (E, D, F)."""
 Named = Iterator[tuple[str, Tensor]]
 
 
-def named_experts(family: Family, layer: int, experts: Stacked) -> Named:
-    """Yield one layer's stacked experts under the names of published checkpoints."""
-    for expert, (gate_up_FD, down_DF) in enumerate(zip(*experts, strict=True)):
+def named_experts(family: Family, layer: int, experts: Weights) -> Named:
+    """Yield one layer's experts under the names of published checkpoints, as those have them."""
+    if family.stacked is not None:
+        native = to_native(experts, family.layout)
+        yield from ((name, native[own]) for own, name in family.stacked_names(layer).items())
+        return
+    gate_up_EFD, down_EDF, _ = experts
+    for expert, (gate_up_FD, down_DF) in enumerate(zip(gate_up_EFD, down_EDF, strict=True)):
         names = family.expert_names(layer, expert)
         gate_FD, up_FD = gate_up_FD.chunk(2)
         yield from ((names.gate, gate_FD), (names.up, up_FD), (names.down, down_DF))
@@ -54,7 +58,7 @@ def named_rest(
 def write_plain(
     reader: CheckpointReader,
     config: dict[str, Any],
-    experts: Callable[[int], Stacked],
+    experts: Callable[[int], Weights],
     out: Path,
     *,
     card: str,

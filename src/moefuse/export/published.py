@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
 from moefuse import artifacts
 from moefuse.checkpoint.headers import CARD, local_directory, local_headers
 from moefuse.checkpoint.reader import CheckpointReader, fingerprint_of
+from moefuse.corpus import load_tokenizer
 from moefuse.devices import STORED
 from moefuse.errors import UserError
 from moefuse.export.assemble import assemble
@@ -208,6 +210,15 @@ def import_published(old: str | Path, out: str | Path, *, overwrite: bool = Fals
         dtype=reader.dtype,
         max_shard_bytes=MAX_SHARD_BYTES,
         job=fingerprint_of(reader.directory, reader.config, reader.tensors),
+        tokenizer_class=_tokenizer_class(reader),
         describe=lambda partial: artifacts.write_text(partial / CARD, card),
     )
     return out
+
+
+def _tokenizer_class(reader: PublishedReader) -> str | None:
+    """Return what the tokenizer is loaded as by models of the family, None where there is none."""
+    if not any(reader.directory.glob("tokenizer*")):
+        return None
+    config = getattr(transformers, reader.family.config_class)()
+    return type(load_tokenizer(reader.directory, reader.source, config=config)).__name__

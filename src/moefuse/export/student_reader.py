@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moefuse.checkpoint.headers import local_headers
-from moefuse.checkpoint.native import Weights
+from moefuse.checkpoint.native import Weights, to_native
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.devices import WORKING
 from moefuse.errors import UserError
 from moefuse.export.ordinary import ordinary_experts, widest
 from moefuse.families import Family, all_families
+from moefuse.mathematics.experts import ExpertBiases
 from moefuse.modeling import is_fused
 from moefuse.modeling.modeling_moefuse import MULTIPLEXED, FusedExperts, NeuronExperts
 from moefuse.sizes import LayerPlan, make_experts
@@ -46,12 +48,6 @@ class StudentReader(CheckpointReader):
             )
         block = headers.config["moefuse"]
         family = all_families()[block["teacher_model_type"]]
-        if family.stacked is not None:
-            raise UserError(
-                f"{directory} is of family {family.model_type}, whose checkpoints keep a layer's "
-                "experts stacked in one tensor; plain checkpoints are written for families with "
-                "tensors of every expert's own."
-            )
         config = plain_config(headers.config, family)
         if any(plan["delta"] in MULTIPLEXED for plan in block["layers"].values()):
             raise UserError(
@@ -68,9 +64,9 @@ class StudentReader(CheckpointReader):
         return WORKING.get(str(self.config.get("dtype")), torch.bfloat16)
 
     @property
-    def has_biases(self) -> bool:
-        """Whether experts have biases, which an ordinary expert cannot have."""
-        return any(plan.bias for plan in self.plans.values())
+    def loses_biases(self) -> bool:
+        """Whether experts have biases that an ordinary expert of the family cannot have."""
+        return not self.shape.biased and any(plan.bias for plan in self.plans.values())
 
     def module(self, layer: int) -> FusedExperts | NeuronExperts:
         """Read one layer's fused module, on the CPU and in the dtype that it is stored in.
@@ -100,16 +96,30 @@ class StudentReader(CheckpointReader):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Weights:
-        """Return experts written out: ``gate_up`` (E, 2F, D), ``down`` (E, D, F), no biases."""
+        """Return a layer's experts written out: ``gate_up`` (E, 2F, D), ``down`` (E, D, F), biases
+        where the family has them."""
         shape = self.shape
         place: dict[str, Any] = {"dtype": dtype or self.dtype, "device": device}
         gate_up_EFD = torch.empty((shape.experts, 2 * shape.intermediate, shape.hidden), **place)
         down_EDF = torch.empty((shape.experts, shape.hidden, shape.intermediate), **place)
-        experts = ordinary_experts(self.module(layer), shape.intermediate)
-        for expert, (gate_up_FD, down_DF) in enumerate(experts):
+        bias_EF = torch.empty(gate_up_EFD.shape[:2], **place) if shape.biased else None
+        module = self.module(layer)
+        for expert, made in enumerate(ordinary_experts(module, shape.intermediate)):
+            gate_up_FD, down_DF, bias_F = made
             gate_up_EFD[expert].copy_(gate_up_FD)
             down_EDF[expert].copy_(down_DF)
-        return gate_up_EFD, down_EDF, None
+            if bias_EF is not None and bias_F is not None:
+                bias_EF[expert].copy_(bias_F)
+        if bias_EF is None or module.down_bias is None:
+            return gate_up_EFD, down_EDF, None
+        return gate_up_EFD, down_EDF, ExpertBiases(bias_EF, module.down_bias.detach().to(**place))
+
+    def read_native(
+        self, layer: int, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return a layer's experts written out, as parameters of Transformers' module."""
+        weights = self.read_experts(layer, device=device, dtype=dtype)
+        return to_native(weights, self.family.layout)
 
     def _experts_path(self, layer: int) -> str:
         return f"{self.family.moe_path(layer)}.{self.family.experts_name}."

@@ -27,4 +27,5 @@ FAMILY = Family(
     router_returns=("index", "weights", "logits"),
     stacked=("input_linear.weight", "output_linear.weight"),
     rename=((r"\.router\.layer\.weight$", ".router.weight"),),
+    publish=((r"\.block_sparse_moe\.router\.weight$", ".block_sparse_moe.router.layer.weight"),),
 )

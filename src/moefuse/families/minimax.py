@@ -35,4 +35,5 @@ FAMILY = Family(
     disk_moe_name="block_sparse_moe",
     projections=("w1", "w3", "w2"),
     rename=((r"\.block_sparse_moe\.", ".mlp."),),
+    publish=((r"\.mlp\.", ".block_sparse_moe."),),
 )

@@ -18,4 +18,5 @@ FAMILY = Family(
     disk_moe_name="block_sparse_moe",
     projections=("w1", "w3", "w2"),
     rename=((r"\.block_sparse_moe\.", ".mlp."), (r"\.mlp\.gate\.weight$", ".mlp.router.weight")),
+    publish=((r"\.mlp\.router\.", ".mlp.gate."), (r"\.mlp\.", ".block_sparse_moe.")),
 )

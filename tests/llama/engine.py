@@ -1,4 +1,4 @@
-"""What all tests that run llama.cpp share; they are no part of the usual suite."""
+"""Tokenizers, models and the stock engine, for tests that run llama.cpp."""
 
 import ctypes
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import pytest
 import torch
 from tiny import tiny_model
 from tokenizers import (
@@ -25,12 +24,6 @@ from transformers import PreTrainedTokenizerFast
 
 PYTHON = Path(__file__).parents[2] / "src/moefuse"
 VOCABULARY = 400
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that cuts as GPT-2 does."""
-    return cutting_tokenizer(("bytes",))
 
 
 def cutting_tokenizer(cuts: tuple[str, ...]) -> PreTrainedTokenizerFast:
