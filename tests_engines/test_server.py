@@ -198,11 +198,21 @@ def test_vllm_serve_needs_no_flag_and_ends_when_told_to(path: Path, tmp_path: Pa
     space = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with running(["vllm", "serve", str(path)], tmp_path / "log", **space) as server:
         stream = server.client.completions.create(
-            model=str(path), prompt="import", stream=True, max_tokens=1500
+            model=str(path),
+            prompt="import",
+            stream=True,
+            max_tokens=1500,
+            extra_body={"ignore_eos": True},
         )
         assert next(iter(stream)).choices[0].text is not None
+        with ThreadPoolExecutor(1) as pool:
+            reader = pool.submit(list, stream)
 
-        assert server.stop(signal.SIGTERM) == 0
+            assert server.stop(signal.SIGTERM) == 0
+
+        # The client is told; its answer does not just end.
+        with pytest.raises(openai.APIError):
+            reader.result()
 
 
 def test_transformers_serves_where_vllm_is_not(
