@@ -5,6 +5,7 @@ where only native ones are; fused classes are put there. They are moefuse's own,
 checkpoint runs.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import transformers
@@ -28,4 +29,6 @@ def run_server(model: str, config: dict[str, Any] | None, *, host: str, port: in
     """Serve ``model`` until this process is interrupted; ``config`` is that of a fused one."""
     if config is not None:
         make_known(config)
-    Serve(force_model=model, host=host, port=port)
+    # The server closes what is open, then hands Ctrl-C on.
+    with suppress(KeyboardInterrupt):
+        Serve(force_model=model, host=host, port=port)
