@@ -46,8 +46,9 @@ _places: Any = WeakIdKeyDictionary()
 
 def places_of(group_of_expert: Tensor, groups: int) -> Places:
     """Number the experts of ``group_of_expert`` (E); remembered until that tensor changes."""
+    version = 0 if group_of_expert.is_inference() else group_of_expert._version
     known = _places.get(group_of_expert)
-    if known is not None and known[0] == group_of_expert._version:
+    if known is not None and known[0] == version:
         return known[1]
     group_E, expert = group_of_expert.sort(stable=True)
     every = torch.arange(len(expert) + 1, device=expert.device, dtype=torch.int32)
@@ -55,7 +56,7 @@ def places_of(group_of_expert: Tensor, groups: int) -> Places:
     of_expert = torch.empty_like(every[:-1]).scatter_(0, expert, every[:-1])
     small = torch.uint8 if len(expert) <= 256 else torch.int32
     found = Places(of_expert, expert.int(), first.int(), every, of_expert.to(small))
-    _places[group_of_expert] = (group_of_expert._version, found)
+    _places[group_of_expert] = (version, found)
     return found
 
 
@@ -299,17 +300,19 @@ def _computed(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) ->
     assert gating is not None
     delta = module.delta
     factors = ("gate_up_a", "gate_up_b", "down_a", "down_b")
-    return fused_experts(
-        x_TD,
-        index_TK,
-        weight_TK,
-        [base.gate_up_proj.weight for base in module.bases],
-        [base.down_proj.weight for base in module.bases],
-        module.group_of_expert,
-        [] if delta is None else [getattr(delta, name) for name in factors],
-        (module.scale, module.bias, module.down_bias),
-        gating,
-    )
+    # Triton launches on the current device, which need not be the weights'.
+    with torch.cuda.device_of(x_TD):
+        return fused_experts(
+            x_TD,
+            index_TK,
+            weight_TK,
+            [base.gate_up_proj.weight for base in module.bases],
+            [base.down_proj.weight for base in module.bases],
+            module.group_of_expert,
+            [] if delta is None else [getattr(delta, name) for name in factors],
+            (module.scale, module.bias, module.down_bias),
+            gating,
+        )
 
 
 class _PlainWay(torch.nn.Module):
