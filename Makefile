@@ -6,8 +6,8 @@ TORCH := torch==2.13.0
 # An environment of its own, because vLLM pins much of what it needs.
 ENGINES ?= .venv-engines
 
-.PHONY: demo test check engines test-engines quality arena ablation healing healing-memory spectra larger-than-memory closed-form \
-	distillation-speed clean
+.PHONY: demo test check engines test-engines quality arena ablation healing healing-memory spectra \
+	larger-than-memory closed-form distillation-speed llama-cpp test-llama-cpp clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -59,6 +59,14 @@ closed-form: $(VENV)/installed
 # Distillation of that layer, against a plain loop over experts and the device's matrix rate.
 distillation-speed: $(VENV)/installed
 	$(BIN)/python benchmarks/distillation_speed.py
+
+# llama-cpp-python, built from its source package (some ten minutes) into the same environment.
+llama-cpp: $(VENV)/developing
+	$(BIN)/python -m pip install --no-binary llama-cpp-python 'llama-cpp-python==0.3.36'
+
+# GGUF files in the stock engine; needs what llama-cpp builds, and is no part of make test.
+test-llama-cpp: $(VENV)/developing
+	cd tests/llama && ../../$(BIN)/python -m pytest . -c ../../pyproject.toml --rootdir ../..
 
 # torch is installed by its exact version first, so that a plain "torch" never replaces it.
 $(VENV)/installed: pyproject.toml

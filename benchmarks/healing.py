@@ -27,6 +27,7 @@ from dense_products import multiply_densely
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -263,7 +264,7 @@ def report(done: dict[Cell, Any], bench: Bench, results: Path) -> None:
     write_json(results / "healing.json", report_json(meta, rows))
     curves = {cell.name: found["curve"] for cell, found in done.items() if found["curve"]}
     write_json(results / "curves.json", curves)
-    write_text(results / "healing.md", _markdown(rows, done) + _on_the_way(done))
+    write_text(results / "healing.md", _markdown(rows, done))
     _plot(done, results / "healing.png")
 
 
@@ -282,10 +283,10 @@ def _spread(values: list[float]) -> str:
 def _markdown(rows: list[Row], done: dict[Cell, Any]) -> str:
     finished = sum(bool(found["rows"]) for found in done.values())
     titles = ["Fused experts", "Method", "Expert bytes", "Seeds", "KL distilled", "KL healed"]
-    titles += ["Healed / distilled", "Healed KL / this design's"]
+    titles += ["Healed / distilled", f"Healed KL / {FUSED}", f"Healed KL / {NEURONS}"]
     lines = []
     for groups in sorted({row.groups for row in rows if row.groups}, reverse=True):
-        ours = mean(_kl(rows, FUSED, groups, HEALED))
+        ours = [_kl(rows, method, groups, HEALED) for method in (FUSED, NEURONS)]
         for method in METHODS:
             before, after = (_kl(rows, method, groups, stage) for stage in (DISTILLED, HEALED))
             if after:
@@ -301,7 +302,7 @@ def _markdown(rows: list[Row], done: dict[Cell, Any]) -> str:
                         _spread(before),
                         _spread(after),
                         f"{mean(after) / mean(before):.2f}",
-                        f"{mean(after) / ours:.2f}",
+                        *(f"{mean(after) / mean(of):.2f}" if of else "" for of in ours),
                     ]
                 )
     return f"""# Healing
@@ -314,35 +315,11 @@ By `make healing`; {finished} of {len(done)} students are healed to the end.
 """
 
 
-def _curves(done: dict[Cell, Any], method: str, groups: int) -> list[Any]:
-    found = [f["curve"] for c, f in done.items() if (c.method, c.groups) == (method, groups)]
-    return [curve for curve in found if curve]
-
-
-def _on_the_way(done: dict[Cell, Any]) -> str:
-    """Tell of all methods after as many tokens of the same schedule as all of them have seen."""
-    titles = ["Fused experts", "Million tokens", *METHODS, *(f"{m} / {NEURONS}" for m in METHODS)]
-    lines = []
-    for groups in WITH_RIVALS:
-        of = {method: _curves(done, method, groups) for method in METHODS}
-        points = min(len(curve) for curves in of.values() for curve in curves)
-        found = [mean(curve[points - 1][1] for curve in of[method]) for method in METHODS]
-        tokens = of[FUSED][0][points - 1][0] / 1e6
-        ratios = [f"{kl / found[METHODS.index(NEURONS)]:.1f}" for kl in found]
-        lines.append([str(groups), f"{tokens:.1f}", *(f"{kl:.4f}" for kl in found), *ratios])
-    return f"""
-KL on {CURVE_TOKENS:,} held-out tokens on the way, after as many tokens of the same schedule as all
-have seen:
-
-{markdown(titles, lines)}
-"""
-
-
 def _plot(done: dict[Cell, Any], path: Path) -> None:
     groups = sorted({cell.groups for cell in done}, reverse=True)
     figure = Figure(figsize=(3.2 * len(groups), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, count in zip(panels, groups, strict=True):
         for cell, found in done.items():
             if cell.groups == count and found["curve"]:
@@ -352,6 +329,9 @@ def _plot(done: dict[Cell, Any], path: Path) -> None:
         axes.set_title(f"{count} fused experts", fontsize=10)
         axes.set_xlabel("Million tokens", fontsize=9)
         axes.set_yscale("log")
+        axes.grid(axis="y", color="0.9", linewidth=0.6)
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    panels[0].set_yticks(ticks := (0.02, 0.05, 0.1, 0.2, 0.5), [str(tick) for tick in ticks])
     panels[0].set_ylabel("KL to the teacher, nats per token", fontsize=9)
     lines = [Line2D([], [], color=COLOURS[method], label=method) for method in METHODS]
     panels[-1].legend(handles=lines, fontsize=8, frameon=False)

@@ -21,6 +21,7 @@ from moefuse.artifacts import disk_full
 from moefuse.config import (
     AssembleConfig,
     CalibrateConfig,
+    CollapseConfig,
     ComputeConfig,
     DistillConfig,
     FactorConfig,
@@ -33,6 +34,7 @@ from moefuse.config import (
     TeachConfig,
     build,
     fields_of,
+    parse_bytes,
     parse_count,
     read_yaml,
 )
@@ -573,6 +575,123 @@ def serve_command(
     from moefuse.serve import serve
 
     serve(checkpoint, host=host, port=port, flags=flags or ())
+
+
+@app.command("import")
+def import_command(
+    old: Annotated[Path, typer.Argument(help="A checkpoint of the fused releases of 2025.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the imported checkpoint.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Read a fused checkpoint of the layout published in 2025, and write it in moefuse's own."""
+    from moefuse.export.published import import_published
+
+    typer.echo(f"Imported to {import_published(old, out, overwrite=overwrite)}.")
+
+
+export_app = typer.Typer(
+    help="Write a plain checkpoint in the form of another engine.", no_args_is_help=True
+)
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("gguf")
+def gguf_command(
+    checkpoint: Annotated[str, typer.Argument(help="A plain checkpoint: a directory or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The file to write; its name ends in .gguf.")],
+    quant: Annotated[
+        str,
+        typer.Option(
+            help="auto (as stored), F32, F16, BF16, Q8_0; with llama-cpp-python also Q4_K_M, ..."
+        ),
+    ] = "auto",
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="llama.cpp's name for how text is cut. [default: told by the tokenizer]"),
+    ] = None,
+    stand_in_query: Annotated[
+        bool,
+        typer.Option(
+            "--stand-in-query",
+            help="Write whole queries as low-rank ones, which llama.cpp wants of DeepSeek models.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
+    trust_remote_code: RemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Write a GGUF file for llama.cpp, of a teacher or of what collapse and expand made."""
+    from moefuse.export.gguf.write import export_gguf, render_gguf
+
+    result = export_gguf(
+        checkpoint,
+        out,
+        quant=quant,
+        pre_tokenizer=pre_tokenizer,
+        stand_in_query=stand_in_query,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_json(result.to_json()) if json_ else typer.echo(render_gguf(result))
+
+
+@app.command("collapse")
+@with_settings(ComputeConfig, CollapseConfig)
+def collapse_command(
+    student: Annotated[Path, typer.Argument(help="A checkpoint that moefuse wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the plain checkpoint.")],
+    values: dict[str, Any],
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens to heal the whole on, such as 4M. [default: it is not healed]"),
+    ] = None,
+    heal_data: HealData = None,
+    healing: HealingFile = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Make a plain model with one expert for each group; tell what it loses against the student."""
+    from moefuse.collapse import collapse, render_collapsed
+
+    result = collapse(
+        student,
+        out,
+        values,
+        healing=_compared_healing(heal_tokens, heal_data, healing),
+        overwrite=overwrite,
+    )
+    _print_json(result.to_json()) if json_ else typer.echo(render_collapsed(result))
+
+
+@app.command("expand")
+def expand_command(
+    student: Annotated[Path, typer.Argument(help="A checkpoint that moefuse wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the plain checkpoint.")],
+    dtype: Annotated[
+        str, typer.Option(help="What experts are stored in: auto (the student's), float32, ...")
+    ] = "auto",
+    drop_biases: Annotated[
+        bool,
+        typer.Option("--drop-biases", help="Leave out biases, which ordinary experts cannot have."),
+    ] = False,
+    max_shard: Annotated[str, typer.Option(help="Largest size of one weight file.")] = "4GB",
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Write all experts of a student out, for engines of its teacher's family; saves no memory."""
+    from moefuse.export.expand import expand, render_expanded
+
+    result = expand(
+        student,
+        out,
+        dtype=dtype,
+        drop_biases=drop_biases,
+        overwrite=overwrite,
+        max_shard_bytes=parse_bytes(max_shard, "--max-shard"),
+    )
+    _print_json(result.to_json()) if json_ else typer.echo(render_expanded(result))
 
 
 @app.command("scaling")

@@ -298,6 +298,31 @@ class MeasureConfig:
     )
 
 
+@dataclass(frozen=True)
+class CollapseConfig:
+    """How a student becomes a plain model with as many experts as it has groups."""
+
+    data: str | None = setting(
+        None, "Text to distil on: a file, a folder, JSONL with text or messages, or a hub data set."
+    )
+    tokens: int = setting(131_072, "Tokens to distil on.", at_least=2)
+    sequence_length: int = setting(512, "Tokens in one sequence.", at_least=2)
+    batch_size: int = setting(8, "Sequences in one batch.", at_least=1)
+    router_steps: int = setting(
+        200, "Optimiser steps in which a router alone learns what its groups weigh.", at_least=0
+    )
+    steps: int = setting(400, "Optimiser steps per layer of router and experts.", at_least=0)
+    batch_tokens: int = setting(1024, "Tokens in one step.", at_least=1)
+    learning_rate: float = setting(
+        2e-3, "Peak learning rate of router and experts.", at_least=0, at_most=1
+    )
+    held_out: str | None = setting(
+        None, "Text that nothing learns from, to measure on what is lost against the student."
+    )
+    held_out_tokens: int = setting(12_288, "Most tokens to measure on.", at_least=2)
+    max_shard: str = setting("4GB", "Largest size of one weight file.")
+
+
 LAUNCHES = ("here", "ray")
 
 

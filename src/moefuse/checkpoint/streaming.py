@@ -10,17 +10,19 @@ would read the whole model again.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.errors import UserError
+from moefuse.families import Family
 from moefuse.mathematics.experts import ExpertsCall
 
 
@@ -50,13 +52,17 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+def native_model(family: Family, settings: Mapping[str, Any]) -> Any:
+    """Build the model of a ``config.json`` on the meta device, where weights take no memory."""
+    config = getattr(transformers, family.config_class).from_dict(deepcopy(dict(settings)))
+    config.use_cache = False
+    with torch.device("meta"):
+        return getattr(transformers, family.causal_lm)(config)
+
+
 def _without_weights(reader: CheckpointReader) -> Any:
-    """Build the model that the configuration means on the meta device."""
     try:
-        config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False)
-        config.use_cache = False
-        with torch.device("meta"):
-            return getattr(transformers, reader.family.causal_lm)(config)
+        return native_model(reader.family, reader.config)
     except Exception as error:  # every family checks its own fields in its own way
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise UserError(

@@ -302,7 +302,8 @@ model = moefuse.load("{name}")
 |---|---|
 | Transformers, moefuse | as above |
 | vLLM | `vllm serve {name} --trust-remote-code`; with moefuse beside it, `vllm serve {name}` |
-| llama.cpp, ExLlama, other engines | not yet |
+| llama.cpp | `moefuse collapse` or `moefuse expand`, then `moefuse export gguf` |
+| ExLlama, other engines | `moefuse collapse` or `moefuse expand`; not yet tested |
 | quantisers | not yet tested one by one |"""
 
 

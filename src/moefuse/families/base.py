@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from moefuse.errors import UserError
+from moefuse.families._gguf import Gguf
 
 Config = Mapping[str, Any]
 
@@ -235,6 +236,11 @@ class Family:
     """What published checkpoints call an expert's gate, up and down projections."""
     rename: tuple[tuple[str, str], ...] = ()
     """Pairs (regular expression on a checkpoint's name, replacement) that give module names."""
+    publish: tuple[tuple[str, str], ...] = ()
+    """The same the other way: pairs on a module's name that give what published checkpoints say."""
+
+    gguf: Gguf | None = None
+    """How llama.cpp runs the family; None where no file for it is written."""
 
     unused: tuple[str, ...] = ()
     """How the names of published tensors start that Transformers does not load."""
@@ -284,6 +290,19 @@ class Family:
         present = [key for key in spelled if key in config] or [self.experts_count_key]
         return {**config, **dict.fromkeys(present, experts)}
 
+    def with_fewer_experts(self, config: Config, experts: int) -> dict[str, Any]:
+        """Return a copy of ``config`` with ``experts`` routed experts a layer, all in one pool.
+
+        A token chooses at most all of them. Limits to groups of experts (``n_group``,
+        ``topk_group``; arXiv:2405.04434, section 2.2.2) are lifted, because so few experts need
+        not divide into them.
+        """
+        top_k = min(require(same_in_every_layer(config, self.top_k_key), self.top_k_key), experts)
+        lifted: dict[str, Any] = {key: 1 for key in ("n_group", "topk_group") if config.get(key)}
+        if config.get("topk_method") == "group_limited_greedy":
+            lifted["topk_method"] = "greedy"
+        return {**self.with_expert_count(config, experts), self.top_k_key: top_k, **lifted}
+
     def layer_prefix(self, layer: int) -> str:
         """Return what every tensor name of a decoder layer starts with: ``"model.layers.3."``."""
         return f"{self.layers_path}.{layer}."
@@ -314,5 +333,14 @@ class Family:
     def module_name(self, name: str) -> str:
         """Return what Transformers calls the tensor that the checkpoint calls ``name``."""
         for pattern, replacement in self.rename:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def published_name(self, name: str) -> str:
+        """Return what published checkpoints call the tensor that Transformers calls ``name``.
+
+        Routed experts, which Transformers stacks, have names of their own: ``expert_names``.
+        """
+        for pattern, replacement in self.publish:
             name = re.sub(pattern, replacement, name)
         return name

@@ -1,5 +1,6 @@
 """DeepSeek-V2, V2-Lite and DeepSeek-Coder-V2."""
 
+from moefuse.families._gguf import Gguf, deepseek_v2_facts, deepseek_v2_objection
 from moefuse.families.base import (
     Family,
     after_leading_dense,
@@ -17,4 +18,11 @@ FAMILY = Family(
     has_experts=after_leading_dense(default=0),
     shared_experts=counted_shared_experts,
     attention=latent_attention,
+    gguf=Gguf(
+        architecture="deepseek2",
+        facts=deepseek_v2_facts,
+        objection=deepseek_v2_objection,
+        leading_dense=True,
+        splits_latent=True,
+    ),
 )

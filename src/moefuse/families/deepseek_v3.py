@@ -4,6 +4,7 @@ Published checkpoints end with one more layer than ``num_hidden_layers``: the mu
 module, which Transformers does not load and moefuse does not fuse.
 """
 
+from moefuse.families._gguf import Gguf, deepseek_objection, deepseek_v3_facts
 from moefuse.families.base import (
     Family,
     after_leading_dense,
@@ -21,4 +22,11 @@ FAMILY = Family(
     has_experts=after_leading_dense(default=3),
     shared_experts=counted_shared_experts,
     attention=latent_attention,
+    gguf=Gguf(
+        architecture="deepseek2",
+        facts=deepseek_v3_facts,
+        objection=deepseek_objection,
+        leading_dense=True,
+        splits_latent=True,
+    ),
 )

@@ -34,4 +34,5 @@ FAMILY = Family(
     shared_experts=lambda config: optional(config, "moe_num_shared_experts", 2),
     unused=("model.mtp_",),
     rename=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
+    publish=((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),),
 )

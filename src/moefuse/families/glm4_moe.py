@@ -4,6 +4,7 @@ As DeepSeek-V3's, published checkpoints end with the multi-token prediction modu
 than ``num_hidden_layers``, which Transformers does not load and moefuse does not fuse.
 """
 
+from moefuse.families._gguf import Gguf, glm_facts
 from moefuse.families.base import Family, after_leading_dense, counted_shared_experts
 
 FAMILY = Family(
@@ -15,4 +16,5 @@ FAMILY = Family(
     experts_count_aliases=("num_local_experts",),
     has_experts=after_leading_dense(default=1),
     shared_experts=counted_shared_experts,
+    gguf=Gguf(architecture="glm4moe", facts=glm_facts, leading_dense=True),
 )

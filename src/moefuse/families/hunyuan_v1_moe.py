@@ -3,6 +3,7 @@
 Published configurations give ``moe_topk`` layer by layer; all layers must agree.
 """
 
+from moefuse.families._gguf import Gguf, hunyuan_facts
 from moefuse.families.base import Family
 
 FAMILY = Family(
@@ -17,4 +18,5 @@ FAMILY = Family(
     shared_experts=lambda config: 1,  # noqa: ARG005
     router_weight="wg.weight",
     shared_prefix="shared_mlp",
+    gguf=Gguf(architecture="hunyuan-moe", facts=hunyuan_facts, normalises=True),
 )

@@ -1,5 +1,6 @@
 """Mixtral; checkpoints say ``block_sparse_moe`` and ``w1``, ``w3``, ``w2`` for gate, up, down."""
 
+from moefuse.families._gguf import Gguf
 from moefuse.families.base import Family, stated_window
 
 FAMILY = Family(
@@ -14,4 +15,6 @@ FAMILY = Family(
     disk_moe_name="block_sparse_moe",
     projections=("w1", "w3", "w2"),
     rename=((r"\.block_sparse_moe\.", ".mlp."),),
+    publish=((r"\.mlp\.", ".block_sparse_moe."),),
+    gguf=Gguf(architecture="llama", normalises=True, turns_neighbours=True),
 )

@@ -5,6 +5,7 @@ every second one, beginning with the first, below ``max_window_layers``.
 """
 
 from moefuse.errors import UserError
+from moefuse.families._gguf import Gguf, qwen2_facts
 from moefuse.families.base import Config, Family, at_sparse_steps, optional, switched_window
 
 DEFAULT_WINDOW_LAYERS = 28
@@ -36,4 +37,5 @@ FAMILY = Family(
     has_experts=at_sparse_steps,
     shared_experts=lambda config: 1,  # noqa: ARG005
     window=alternating_window,
+    gguf=Gguf(architecture="qwen2moe", facts=qwen2_facts, normalises=False),
 )

@@ -3,6 +3,7 @@
 Published configurations say ``num_experts``; Transformers 5 saves ``num_local_experts``.
 """
 
+from moefuse.families._gguf import Gguf, expert_width
 from moefuse.families.base import Family, at_sparse_steps, switched_window
 
 FAMILY = Family(
@@ -14,4 +15,5 @@ FAMILY = Family(
     experts_count_aliases=("num_local_experts",),
     has_experts=at_sparse_steps,
     window=switched_window,
+    gguf=Gguf(architecture="qwen3moe", facts=expert_width, normalises=True),
 )

@@ -1,7 +1,7 @@
 """Fused experts: what takes the place of a Mixture-of-Experts layer's routed experts.
 
 This file travels inside every checkpoint that moefuse writes, so it imports nothing but torch and
-transformers. There are two forms.
+transformers. There are two forms, and an older one that is only read (``MultiplexedExperts``).
 
 ``FusedExperts``: a few shared base experts and one small delta for every original expert. For
 expert e of group g = g(e)::
@@ -295,6 +295,151 @@ class FusedExperts(OpaqueExperts):
         return torch.cat(outputs)
 
 
+class MixtureDelta(nn.Module):
+    """Adapters of an older layout, for one projection: every member has its own, mixed by shares.
+
+    ``delta(u_p) = sum over chosen members e of  s_pe * b_e (a_e u_p)``. Parameters: ``a``
+    (E, R, I), ``b`` (E, O, R).
+    """
+
+    def __init__(self, experts: int, groups: int, rank: int, inner: int, outer: int) -> None:  # noqa: ARG002
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(experts, rank, inner))
+        self.b = nn.Parameter(torch.zeros(experts, outer, rank))
+
+    def forward(self, u_PI: Tensor, rows: "ChosenMembers") -> Tensor:
+        """Return what is added to a projection of (P, I), (P, O)."""
+        inner_NR = expert_linear(u_PI.index_select(0, rows.pair_N), self.a, rows.rows_per_expert)
+        outer_NO = expert_linear(inner_NR, self.b, rows.rows_per_expert)
+        mixed_NO = (outer_NO * rows.share_N.unsqueeze(-1)).to(u_PI.dtype)
+        return u_PI.new_zeros(len(u_PI), self.b.shape[1]).index_add(0, rows.pair_N, mixed_NO)
+
+
+class MaskedDelta(nn.Module):
+    """Adapters of an older layout, for one projection: one a group, its ranks weighed by members.
+
+    ``delta(u_p) = b_g ((sum over chosen members e of s_pe mask_e) * (a_g u_p))``. Parameters: ``a``
+    (G, R, I), ``b`` (G, O, R), ``mask`` (E, R).
+    """
+
+    def __init__(self, experts: int, groups: int, rank: int, inner: int, outer: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(groups, rank, inner))
+        self.b = nn.Parameter(torch.zeros(groups, outer, rank))
+        self.mask = nn.Parameter(torch.zeros(experts, rank))
+
+    def forward(self, u_PI: Tensor, rows: "ChosenMembers") -> Tensor:
+        """Return what is added to a projection of (P, I), (P, O)."""
+        mask_NR = self.mask.index_select(0, rows.expert_N) * rows.share_N.unsqueeze(-1)
+        zero_PR = u_PI.new_zeros(len(u_PI), self.mask.shape[1])
+        mask_PR = zero_PR.index_add(0, rows.pair_N, mask_NR.to(u_PI.dtype))
+        inner_PR = expert_linear(u_PI, self.a, rows.pairs_per_group) * mask_PR
+        return expert_linear(inner_PR, self.b, rows.pairs_per_group)
+
+
+class ChosenMembers:
+    """Which members of its groups a token chose: rows sorted by expert, pairs by group.
+
+    ``share_N`` are the members' shares s of a pair (their softmax), ``weight_P`` the sum of their
+    weights. Shares below ``least`` count as nothing.
+    """
+
+    def __init__(
+        self,
+        expert_N: Tensor,
+        pair_N: Tensor,
+        weight_N: Tensor,
+        rows_per_expert: list[int],
+        pairs_per_group: list[int],
+        least: float,
+    ) -> None:
+        self.expert_N, self.pair_N = expert_N, pair_N
+        self.rows_per_expert, self.pairs_per_group = rows_per_expert, pairs_per_group
+        pairs = sum(pairs_per_group)
+        # A member whose weight is zero counts as one that was not chosen.
+        known_N = weight_N.float().masked_fill(weight_N == 0, -1e9)
+        top_P = known_N.new_full((pairs,), -torch.inf).scatter_reduce(0, pair_N, known_N, "amax")
+        part_N = (known_N - top_P.index_select(0, pair_N)).exp()
+        total_P = part_N.new_zeros(pairs).index_add(0, pair_N, part_N)
+        share_N = part_N / total_P.index_select(0, pair_N)
+        self.share_N = share_N.masked_fill(share_N <= least, 0) if least else share_N
+        self.weight_P = part_N.new_zeros(pairs).index_add(0, pair_N, weight_N.float())
+
+
+MULTIPLEXED: dict[str, tuple[type[nn.Module], float]] = {
+    "multiplexed_mixture": (MixtureDelta, 0.0),
+    "multiplexed_later_mixture": (MixtureDelta, 1e-6),
+    "multiplexed_lora": (MaskedDelta, 0.0),
+}
+"""Kinds of adapters of the older layout, and the share up to which a member's count as nothing."""
+
+
+class MultiplexDelta(nn.Module):
+    """All adapters of a layer in the older layout; ``shift`` (E, D) is what members add to x."""
+
+    def __init__(
+        self, kind: str, experts: int, groups: int, rank: int, hidden: int, intermediate: int
+    ) -> None:
+        super().__init__()
+        made, _ = MULTIPLEXED[kind]
+        self.shift = nn.Parameter(torch.zeros(experts, hidden))
+        self.gate = made(experts, groups, rank, hidden, intermediate)
+        self.up = made(experts, groups, rank, hidden, intermediate)
+        self.down = made(experts, groups, rank, intermediate, hidden)
+
+
+class MultiplexedExperts(FusedExperts):
+    """Experts of checkpoints in the layout of March and April 2025, as its formula has them.
+
+    For a group g that a token chose members of, with weights v_j and c their sum::
+
+        s = softmax over the chosen j of v_j          x' = x + sum_j s_j shift_j
+        L(u) = W_g u + delta(u)                       for gate, up and down
+        y_g = c * L_down( act(L_gate(x')) * L_up(x') )
+
+    Members are mixed before the non-linearity, so no rank makes this a sum of the original
+    experts; it is here for compatibility alone. ``kind`` is a name in ``MULTIPLEXED``.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        experts: int,
+        groups: int,
+        rank: int,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        kind: str,
+    ) -> None:
+        super().__init__(hidden, intermediate, experts, groups, 0, activation)
+        self.delta = MultiplexDelta(kind, experts, groups, rank, hidden, intermediate)
+        _, self.least = MULTIPLEXED[kind]
+
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the routed experts' output; see ``forward``."""
+        tokens, top_k = top_k_index.shape
+        expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
+        token_N = order_N // top_k
+        rows_per_expert = torch.bincount(expert_N, minlength=self.num_experts).tolist()
+        group_N = self.group_of_expert[expert_N]
+        pair_N, token_P, pairs_per_group = self._pairs(group_N, token_N, tokens)
+        weight_N = top_k_weights.reshape(-1).index_select(0, order_N)
+        rows = ChosenMembers(
+            expert_N, pair_N, weight_N, rows_per_expert, pairs_per_group, self.least
+        )
+        shift_ND = self.delta.shift.index_select(0, expert_N) * rows.share_N.unsqueeze(-1)
+        x_PD = hidden_states.index_select(0, token_P)
+        x_PD = x_PD.index_add(0, pair_N, shift_ND.to(x_PD.dtype))
+        gate_PF, up_PF = self._bases(x_PD, pairs_per_group, "gate_up_proj").chunk(2, dim=-1)
+        gate_PF = self.act_fn(gate_PF + self.delta.gate(x_PD, rows))
+        z_PF = gate_PF * (up_PF + self.delta.up(x_PD, rows))
+        y_PD = self._bases(z_PF, pairs_per_group, "down_proj") + self.delta.down(z_PF, rows)
+        y_TD = torch.zeros_like(hidden_states, dtype=torch.float32)
+        y_TD = y_TD.index_add(0, token_P, y_PD.float() * rows.weight_P.unsqueeze(-1))
+        return y_TD.to(hidden_states.dtype)
+
+
 CODED: dict[str, tuple[int, int]] = {
     "1": (8, 8),
     "1.14": (7, 8),
@@ -484,6 +629,16 @@ def fused_experts_like(native: Any, layer: dict[str, Any]) -> nn.Module:
     is that layer's entry in the ``moefuse`` block of ``config.json``.
     """
     experts, double_intermediate, hidden = native.gate_up_proj.shape
+    if layer["delta"] in MULTIPLEXED:
+        return MultiplexedExperts(
+            hidden,
+            double_intermediate // 2,
+            experts,
+            layer["groups"],
+            layer["rank"],
+            native.act_fn,
+            kind=layer["delta"],
+        )
     if layer.get("neurons") is not None:
         return NeuronExperts(
             hidden,

@@ -1,0 +1,1 @@
+"""Plain checkpoints as GGUF files, for llama.cpp and what is built on it."""
