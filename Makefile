@@ -6,8 +6,8 @@ TORCH := torch==2.13.0
 # An environment of its own, because vLLM pins much of what it needs.
 ENGINES ?= .venv-engines
 
-.PHONY: demo test check engines test-engines quality arena ablation healing healing-memory spectra larger-than-memory closed-form \
-	distillation-speed llama-cpp test-llama-cpp clean
+.PHONY: demo test check engines test-engines quality arena ablation healing healing-memory spectra \
+	larger-than-memory closed-form distillation-speed fused-layer llama-cpp test-llama-cpp clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -59,6 +59,10 @@ closed-form: $(VENV)/installed
 # Distillation of that layer, against a plain loop over experts and the device's matrix rate.
 distillation-speed: $(VENV)/installed
 	$(BIN)/python benchmarks/distillation_speed.py
+
+# The fused layer beside the original one, minutes: FLAGS="--device cuda" on a GPU.
+fused-layer: $(VENV)/developing
+	$(BIN)/python benchmarks/fused_layer.py $(FLAGS)
 
 # llama-cpp-python, built from its source package (some ten minutes) into the same environment.
 llama-cpp: $(VENV)/developing

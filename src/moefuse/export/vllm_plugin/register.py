@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from moefuse.export.vllm_plugin.settings import FusedSettings
+from moefuse.export.vllm_plugin.settings import EagerSettings, FusedSettings, GpuSettings
 from moefuse.families import all_families
 from moefuse.modeling import register_fused
 from moefuse.modeling.modeling_moefuse import CLASS_PREFIX, MODEL_TYPE_PREFIX
@@ -16,16 +16,16 @@ MODELS = {
 
 def register() -> None:
     """Register every family's fused model with vLLM. May be called again, and changes nothing."""
-    _register("vllm")
+    _register("vllm", GpuSettings)
 
 
 def register_with_aphrodite() -> None:
     """Do the same with Aphrodite, whose interface is vLLM's under another name."""
-    _register("aphrodite")
+    _register("aphrodite", EagerSettings)
 
 
-def _register(engine: str) -> None:
-    """Register with ``engine``.
+def _register(engine: str, gpu_settings: type[FusedSettings]) -> None:
+    """Register with ``engine``; ``gpu_settings`` are what is set and checked off CPUs.
 
     On CPUs DeepSeek's latent attention is computed with expanded heads: vLLM's CPU kernel for the
     latents takes one size of heads only, and gives up prefix caching and chunked prefill.
@@ -38,4 +38,4 @@ def _register(engine: str) -> None:
         register_fused({"model_type": MODEL_TYPE_PREFIX + family.model_type})
         architecture = CLASS_PREFIX + family.causal_lm
         registry.register_model(architecture, f"{MODELS[engine]}:{model}")
-        settings[architecture] = FusedSettings
+        settings[architecture] = FusedSettings if on_cpu else gpu_settings

@@ -31,7 +31,12 @@ from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_
 from vllm.triton_utils import tl
 
 from moefuse.errors import UserError
-from moefuse.modeling.modeling_moefuse import FusedExperts, OpaqueExperts, expert_linear
+from moefuse.modeling.modeling_moefuse import (
+    FusedExperts,
+    MultiplexedExperts,
+    OpaqueExperts,
+    expert_linear,
+)
 
 COMPUTE_TYPES = {
     torch.float32: "float32",
@@ -209,10 +214,13 @@ class ServedExperts(OpaqueExperts):
 
 
 def put_served_experts(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Put this device's share in the place of every ``FusedExperts`` below ``model``."""
+    """Put this device's share in the place of every ``FusedExperts`` below ``model``.
+
+    Other forms of experts stay as they are, whole on every device.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, FusedExperts):
+            if isinstance(child, FusedExperts) and not isinstance(child, MultiplexedExperts):
                 share = ServedExperts(
                     child,
                     rank=get_tensor_model_parallel_rank(),

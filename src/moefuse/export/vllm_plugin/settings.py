@@ -4,6 +4,7 @@ from typing import Any
 
 from moefuse.errors import UserError
 from moefuse.export.assemble import FORMAT_VERSION
+from moefuse.modeling.modeling_moefuse import MULTIPLEXED
 
 
 class FusedSettings:
@@ -30,3 +31,30 @@ class FusedSettings:
                 f"{model_config.model} has format {block.get('format')!r}, and this moefuse serves "
                 f"format {FORMAT_VERSION}; install the moefuse that wrote it."
             )
+
+
+class GpuSettings(FusedSettings):
+    """The same where CUDA graphs are captured."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Do without CUDA graphs where a layer asks how many rows its experts have.
+
+        All forms do but bases and low-rank deltas, which ``ServedExperts`` runs.
+        """
+        FusedSettings.verify_and_update_model_config(model_config)
+        layers = model_config.hf_config.moefuse["layers"].values()
+        if any(
+            layer.get("neurons") is not None or layer["delta"] in MULTIPLEXED for layer in layers
+        ):
+            model_config.enforce_eager = True
+
+
+class EagerSettings(FusedSettings):
+    """The same for an engine that ``ServedExperts`` is not written for."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Do without CUDA graphs."""
+        FusedSettings.verify_and_update_model_config(model_config)
+        model_config.enforce_eager = True
