@@ -7,14 +7,14 @@ I inputs of a matrix.
 import torch
 from torch import Tensor
 
-from moefuse.baselines import Layer
+from moefuse.mathematics.experts import Experts, ExpertsCall
 
 SHARED_TOKENS = 2048
 """An expert with few tokens is run on this many of the layer's."""
 
 
 @torch.no_grad()
-def input_moments(layer: Layer) -> tuple[Tensor, Tensor]:
+def input_moments(call: ExpertsCall, experts: Experts) -> tuple[Tensor, Tensor]:
     """Return the mean of x x^T over each expert's tokens, (E, D, D), and that of z z^T, (E, F, F).
 
     fp32. x and z, what the teacher's gate and up and its down projection receive, are taken times
@@ -22,7 +22,6 @@ def input_moments(layer: Layer) -> tuple[Tensor, Tensor]:
     with fewer tokens than a matrix has inputs is filled up to that many with the mean of the
     layer's tokens, taken times the layer's root mean square routing weight.
     """
-    call, experts = layer.call, layer.experts
     shared_TD = call.x_TD[:SHARED_TOKENS].float()
     shared_weight = call.weight_TK.float().square().mean().sqrt()
     x_moments, z_moments = [], []
@@ -30,10 +29,10 @@ def input_moments(layer: Layer) -> tuple[Tensor, Tensor]:
         token_N, slot_N = (call.index_TK == expert).nonzero(as_tuple=True)
         x_ND = call.x_TD[token_N].float()
         weight_N1 = call.weight_TK[token_N, slot_N, None].float()
-        z_NF = _intermediate(layer, expert, x_ND)
+        z_NF = _intermediate(experts, expert, x_ND)
         few = len(token_N) < max(x_ND.shape[1], z_NF.shape[1])
         x_TD = shared_TD if few else shared_TD[:0]
-        z_TF = _intermediate(layer, expert, x_TD)
+        z_TF = _intermediate(experts, expert, x_TD)
         x_moments.append(_filled_moment(x_ND * weight_N1, x_TD * shared_weight))
         z_moments.append(_filled_moment(z_NF * weight_N1, z_TF * shared_weight))
     return torch.stack(x_moments), torch.stack(z_moments)
@@ -48,6 +47,6 @@ def _filled_moment(own_NI: Tensor, shared_TI: Tensor) -> Tensor:
     return total_II / (len(own_NI) + missing)
 
 
-def _intermediate(layer: Layer, expert: int, x_ND: Tensor) -> Tensor:
-    gate_NF, up_NF = (x_ND @ layer.experts.gate_up_EFD[expert].float().T).chunk(2, dim=-1)
-    return layer.experts.activation(gate_NF) * up_NF
+def _intermediate(experts: Experts, expert: int, x_ND: Tensor) -> Tensor:
+    gate_NF, up_NF = (x_ND @ experts.gate_up_EFD[expert].float().T).chunk(2, dim=-1)
+    return experts.activation(gate_NF) * up_NF
