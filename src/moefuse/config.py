@@ -345,7 +345,7 @@ class QuantizeConfig:
     )
     group_size: int | None = setting(
         None,
-        "Numbers that share a scale, in w4a16 and gptq. [default: the most of 128, 64, 32 that fit]",
+        "Numbers that share a scale, in w4a16 and gptq. [default: 128, 64 or 32, as they fit]",
         at_least=1,
     )
     data: str | None = setting(

@@ -84,7 +84,7 @@ class QuantizeResult:
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of what a layer's experts receive: ``x_EDD``, ``z_EFF``; tokens ``count_E``."""
+    """Second moments of a layer's experts' inputs, ``x_EDD`` and ``z_EFF``; tokens ``count_E``."""
 
     x_EDD: Tensor
     z_EFF: Tensor
@@ -122,7 +122,7 @@ class _Job:
         check_outside(out, self.reader.directory, "output")
         if any(plan.neurons is not None for plan in self.reader.plans.values()):
             raise UserError(
-                f"{student} keeps neurons of each expert's own, already packed in few bits, and has "
+                f"{student} keeps neurons of each expert's own, already in few bits, and has "
                 "no bases that a quantiser could take; fuse with --groups for that."
             )
         self.max_shard_bytes = parse_bytes(options.max_shard, "--max-shard")
@@ -290,7 +290,8 @@ class _Job:
                 moment_II = None if moments is None else moments.of(projection)[expert]
                 b, a = found[f"{stem}_b"][expert], found[f"{stem}_a"][expert]
                 new_b, new_a = refitted(b, a, lost_OI, moment_II, self.options.damping)
-                b.copy_(new_b), a.copy_(new_a)
+                b.copy_(new_b)
+                a.copy_(new_a)
         return found
 
     @torch.no_grad()

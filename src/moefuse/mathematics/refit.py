@@ -1,7 +1,7 @@
 """Deltas that make up for what became of their base.
 
-An expert of group g computes ``s_e W_g + B_e A_e``. When ``W_g`` becomes ``W'_g`` (rounded, say), its
-delta is found anew as the best one of the same rank for what is then left of the same expert::
+An expert of group g has the matrix ``s_e W_g + B_e A_e``. When ``W_g`` becomes ``W'_g``, rounded,
+its delta is found anew as the best one of the same rank for what is then left of the same expert::
 
     B' A' = the rank-R matrix next to  B_e A_e + s_e (W_g - W'_g)
 

@@ -46,7 +46,7 @@ def _kind(reader: StudentReader, name: str, module: nn.Linear) -> str | None:
 
 
 def chosen(kinds: dict[str, str | None], what: str) -> list[str]:
-    """Return the layers that ``what``, kinds with commas between, asks for; raises ``UserError``."""
+    """Return the layers of the kinds in ``what``, commas between; raises ``UserError``."""
     wanted = [part.strip() for part in what.split(",")]
     strange = [part for part in wanted if part not in KINDS]
     if strange:

@@ -5,6 +5,7 @@ Transformers when it is asked for.
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,11 @@ def load(reader: StudentReader, scheme: str, stay: list[str]) -> PreTrainedModel
 
 
 def _torchao() -> Any:
-    from torchao.quantization import IntxWeightOnlyConfig  # noqa: PLC0415 - an extra
-    from torchao.quantization.granularity import PerGroup  # noqa: PLC0415
-
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(TORCHAO_GROUP))
+    quantization: Any = import_module("torchao.quantization")
+    granularity: Any = import_module("torchao.quantization.granularity")
+    int4: Any = getattr(torch, "int4")  # noqa: B009 - torch's stubs do not know it
+    group = granularity.PerGroup(TORCHAO_GROUP)
+    return quantization.IntxWeightOnlyConfig(weight_dtype=int4, granularity=group)
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
