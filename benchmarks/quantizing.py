@@ -29,8 +29,8 @@ from moefuse.mathematics.integers import nearest
 from moefuse.pipeline import fuse
 from moefuse.quantize import quantize
 
-GROUPS, TOKENS, LENGTH = 8, 8192, 256
-DATA = {"data": str(demo.calibration_path()), "tokens": 65_536}
+GROUPS, TOKENS, LENGTH = 8, 4096, 256
+DATA = {"data": str(demo.calibration_path()), "tokens": 16_384}
 PLAIN = {"refit": False, "scales": "widest"}
 CASES: dict[str, dict[str, Any]] = {
     "w4a16, plain": {"scheme": "w4a16", **PLAIN},
