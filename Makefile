@@ -7,7 +7,8 @@ TORCH := torch==2.13.0
 ENGINES ?= .venv-engines
 
 .PHONY: demo test check engines test-engines quality arena ablation healing healing-memory spectra \
-	larger-than-memory closed-form distillation-speed fused-layer llama-cpp test-llama-cpp clean
+	larger-than-memory closed-form distillation-speed fused-layer llama-cpp test-llama-cpp \
+	quantizing test-quantizers clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -72,6 +73,23 @@ llama-cpp: $(VENV)/developing
 test-llama-cpp: $(VENV)/developing
 	cd tests/llama && ../../$(BIN)/python -m pytest . -c ../../pyproject.toml --rootdir ../..
 
+# The libraries that read quantised students; an environment of their own, as they pin much.
+QUANT := .venv-quantizers
+$(QUANT)/installed: pyproject.toml
+	$(PYTHON) -m venv $(QUANT)
+	$(QUANT)/bin/python -m pip install --quiet $(TORCH)
+	$(QUANT)/bin/python -m pip install --quiet --editable '.[quantized,nf4,torchao]'
+	$(QUANT)/bin/python -m pip install --quiet optimum-quanto==0.2.7 pytest pytest-timeout
+	touch $@
+
+# Quantised students loaded by those libraries; no part of make test.
+test-quantizers: $(QUANT)/installed
+	cd tests/quantizers && ../../$(QUANT)/bin/python -m pytest . -c ../../pyproject.toml --rootdir ../.. -W default
+
+# Every scheme on the bundled teacher, fused and not: KL, bytes, memory, speed.
+quantizing: $(QUANT)/installed
+	$(QUANT)/bin/python benchmarks/quantizing.py
+
 # torch is installed by its exact version first, so that a plain "torch" never replaces it.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -108,4 +126,4 @@ test-engines: engines
 	$(ENGINES)/bin/python -m pytest -c tests_engines/pytest.ini tests_engines
 
 clean:
-	rm -rf $(VENV) $(ENGINES) runs
+	rm -rf $(VENV) $(ENGINES) $(QUANT) runs

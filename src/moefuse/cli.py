@@ -30,6 +30,7 @@ from moefuse.config import (
     LaunchConfig,
     MeasureConfig,
     MemoryConfig,
+    QuantizeConfig,
     SizeConfig,
     TeachConfig,
     build,
@@ -692,6 +693,22 @@ def expand_command(
         max_shard_bytes=parse_bytes(max_shard, "--max-shard"),
     )
     _print_json(result.to_json()) if json_ else typer.echo(render_expanded(result))
+
+
+@app.command("quantize")
+@with_settings(QuantizeConfig)
+def quantize_command(
+    student: Annotated[Path, typer.Argument(help="A checkpoint that moefuse wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the quantised checkpoint.")],
+    values: dict[str, Any],
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Store a student's linear layers in a quantiser's format; deltas make up for the rounding."""
+    from moefuse.quantize import quantize, render_quantized
+
+    result = quantize(student, out, values, overwrite=overwrite)
+    _print_json(result.to_json()) if json_ else typer.echo(render_quantized(result))
 
 
 @app.command("scaling")

@@ -323,6 +323,40 @@ class CollapseConfig:
     max_shard: str = setting("4GB", "Largest size of one weight file.")
 
 
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How a student is stored in the format of a quantiser."""
+
+    scheme: str = setting(
+        "w4a16",
+        "w4a16, gptq, w8a16, w8a8, fp8 (compressed-tensors); nf4 (bitsandbytes); int4-torchao.",
+    )
+    what: str = setting(
+        "bases", "What is rounded, with commas between: bases, shared, attention, dense."
+    )
+    refit: bool = setting(True, "Find the deltas anew, so that they make up for what bases lost.")
+    damping: float = setting(
+        0.01, "Share of the identity in the inputs' moments when refitting.", at_least=0, at_most=1
+    )
+    scales: str = setting(
+        "search",
+        "How scales are chosen: search, by least error; widest, to reach the greatest number.",
+        choices=("search", "widest"),
+    )
+    group_size: int | None = setting(
+        None,
+        "Numbers that share a scale, in w4a16 and gptq. [default: 128, 64 or 32, as they fit]",
+        at_least=1,
+    )
+    data: str | None = setting(
+        None, "Text that errors are weighed by: a file, a folder, JSONL or a hub data set."
+    )
+    tokens: int = setting(65_536, "Tokens of that text.", at_least=2)
+    sequence_length: int = setting(512, "Tokens in one sequence.", at_least=2)
+    batch_size: int = setting(8, "Sequences in one batch.", at_least=1)
+    max_shard: str = setting("4GB", "Largest size of one weight file.")
+
+
 LAUNCHES = ("here", "ray")
 
 

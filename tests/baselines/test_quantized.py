@@ -11,13 +11,13 @@ from numeric import assert_close
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer, TooSmallError, method, qmoe
-from moefuse.baselines._moments import input_moments
 from moefuse.baselines._quantized import CodedWeights, QuantizedExperts
 from moefuse.config import DistillConfig
 from moefuse.distillation.loop import distill_layer
 from moefuse.errors import UserError
 from moefuse.families import all_families
 from moefuse.mathematics.dictionary_coding import decode
+from moefuse.mathematics.expert_moments import input_moments
 from moefuse.mathematics.losses import power_of, relative_error
 from moefuse.mathematics.quantization import best_scale, pack
 
@@ -250,7 +250,7 @@ def test_moments_are_those_of_each_expert_s_own_weighted_tokens() -> None:
     given = layer()
     call = given.call
 
-    x_EDD, z_EFF = input_moments(given)
+    x_EDD, z_EFF = input_moments(given.call, given.experts)
 
     for expert in range(E):
         hits = [(t, k) for t, k in (call.index_TK == expert).nonzero().tolist()]
@@ -325,7 +325,7 @@ def test_fewer_bits_are_more_zeros_and_more_error() -> None:
 @torch.no_grad()
 def test_qmoe_s_values_are_the_best_for_its_codes() -> None:
     given, student = layer(), quantized("qmoe", 1)
-    moments = input_moments(given)
+    moments = input_moments(given.call, given.experts)
     weights = (given.experts.gate_up_EFD, given.experts.down_EDF)
 
     for matrix, weight_EOI, moment_EII in zip(matrices(student), weights, moments, strict=True):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moefuse.baselines import Layer
-from moefuse.baselines._moments import input_moments
 from moefuse.baselines._quantized import GROUP, CodedWeights, QuantizedExperts, as_stored
 from moefuse.mathematics.error_feedback import Round, feedback_factor, round_with_feedback
+from moefuse.mathematics.expert_moments import input_moments
 from moefuse.mathematics.quantization import WORDS, Format, best_scale, from_codes, to_codes
 
 BITS = tuple(WORDS)
@@ -20,7 +20,7 @@ BITS = tuple(WORDS)
 def quantize(layer: Layer, bits: float) -> QuantizedExperts:
     """Round the layer's experts to ``bits`` bits; raises ``UserError`` for bits not in ``BITS``."""
     fmt = Format(bits, GROUP)
-    x_moment_EDD, z_moment_EFF = input_moments(layer)
+    x_moment_EDD, z_moment_EFF = input_moments(layer.call, layer.experts)
     return QuantizedExperts(
         _coded(layer.experts.gate_up_EFD.float(), x_moment_EDD, fmt),
         _coded(layer.experts.down_EDF.float(), z_moment_EFF, fmt),

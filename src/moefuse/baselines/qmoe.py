@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.baselines import Layer, TooSmallError
-from moefuse.baselines._moments import input_moments
 from moefuse.baselines._quantized import QuantizedExperts, TrainedScales
 from moefuse.errors import UserError
 from moefuse.mathematics.dictionary_coding import Encoded, decode, encode
 from moefuse.mathematics.error_feedback import Round, feedback_factor, round_with_feedback
+from moefuse.mathematics.expert_moments import input_moments
 from moefuse.mathematics.quantization import SCALE_BYTES
 
 BITS = (1.5, 1, 0.8, 0.5, 0.25)
@@ -79,7 +79,7 @@ def quantize(layer: Layer, bits: float) -> QuantizedExperts:
         raise UserError(f"QMoE cannot store numbers in {bits} bits; take more than 0.")
     experts = layer.experts
     weights = (experts.gate_up_EFD.float(), experts.down_EDF.float())
-    moments = input_moments(layer)
+    moments = input_moments(layer.call, layer.experts)
     factors = [feedback_factor(moment_EII) for moment_EII in moments]
 
     def at_threshold(threshold: float) -> QuantizedExperts:

@@ -39,26 +39,27 @@ def plain_card(
     ``what`` says what the checkpoint is, with ``{student}``, ``{base}``, ``{bytes}`` and
     ``{student_bytes}`` in it; ``sections`` are further paragraphs, in Markdown.
     """
-    base = _base(reader)
+    base = base_of(reader)
     told = what.format(
         student=reader.directory.name,
         base=base.name,
-        bytes=_size(made_bytes),
-        student_bytes=_size(student_bytes),
+        bytes=size(made_bytes),
+        student_bytes=size(student_bytes),
     )
     loading = LOADING.format(name=name, family=reader.family.model_type)
-    parts = [_front_matter(base), f"# {name}", fill(told, 100), *sections, loading]
+    parts = [front_matter(base), f"# {name}", fill(told, 100), *sections, loading]
     return "\n\n".join(parts) + "\n"
 
 
-def _base(reader: "StudentReader") -> Base:
+def base_of(reader: "StudentReader") -> Base:
     """Return whose student this is, by the record beside its card or, without one, by itself."""
     if (reader.directory / RECORD).exists():
         return read_record(reader.directory).base
     return original_of(reader)
 
 
-def _front_matter(base: Base) -> str:
+def front_matter(base: Base) -> str:
+    """Return the front matter of a checkpoint made of ``base``."""
     fields: dict[str, Any] = {**base.metadata, "library_name": "transformers"}
     if base.base_model is not None:
         fields["base_model"] = base.base_model
@@ -66,5 +67,6 @@ def _front_matter(base: Base) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Return a size for people to read."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -7,14 +7,14 @@ I inputs of a matrix.
 import torch
 from torch import Tensor
 
-from moefuse.baselines import Layer
+from moefuse.mathematics.experts import Experts, ExpertsCall
 
 SHARED_TOKENS = 2048
 """An expert with few tokens is run on this many of the layer's."""
 
 
 @torch.no_grad()
-def input_moments(layer: Layer) -> tuple[Tensor, Tensor]:
+def input_moments(call: ExpertsCall, experts: Experts) -> tuple[Tensor, Tensor]:
     """Return the mean of x x^T over each expert's tokens, (E, D, D), and that of z z^T, (E, F, F).
 
     fp32. x and z, what the teacher's gate and up and its down projection receive, are taken times
@@ -22,7 +22,6 @@ def input_moments(layer: Layer) -> tuple[Tensor, Tensor]:
     with fewer tokens than a matrix has inputs is filled up to that many with the mean of the
     layer's tokens, taken times the layer's root mean square routing weight.
     """
-    call, experts = layer.call, layer.experts.in_fp32()
     shared_TD = call.x_TD[:SHARED_TOKENS].float()
     shared_weight = call.weight_TK.float().square().mean().sqrt()
     x_moments, z_moments = [], []

@@ -1,0 +1,94 @@
+"""Schemes of libraries that round while Transformers loads a model, and write what they made.
+
+The model is in memory as a whole for them. Each library is an extra of its own, imported by
+Transformers when it is asked for.
+"""
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+
+from moefuse import artifacts
+from moefuse.checkpoint.headers import CONFIG
+from moefuse.errors import UserError
+from moefuse.export.student_reader import StudentReader
+from moefuse.modeling import load_fused
+
+NF4, TORCHAO = "nf4", "int4-torchao"
+SCHEMES = {NF4: ("bitsandbytes", "nf4"), TORCHAO: ("torchao", "torchao")}
+"""By scheme: the package that rounds, and moefuse's extra that has it."""
+TORCHAO_GROUP = 32
+
+
+def check(scheme: str) -> None:
+    """Raise ``UserError`` where the scheme's library is not installed."""
+    package, extra = SCHEMES[scheme]
+    if find_spec(package) is None:
+        raise UserError(
+            f"The scheme {scheme} needs {package}; install it with pip install 'moefuse[{extra}]'."
+        )
+
+
+def load(reader: StudentReader, scheme: str, stay: list[str]) -> PreTrainedModel:
+    """Load a student rounded by ``scheme``, all but the linear layers ``stay``."""
+    if scheme == NF4:
+        settings: Any = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=reader.dtype,
+            llm_int8_skip_modules=stay,
+        )
+    else:
+        settings = TorchAoConfig(_torchao(), modules_to_not_convert=stay)
+    return load_fused(reader.directory, quantization_config=settings)
+
+
+def _torchao() -> Any:
+    quantization: Any = import_module("torchao.quantization")
+    granularity: Any = import_module("torchao.quantization.granularity")
+    int4: Any = getattr(torch, "int4")  # noqa: B009 - torch's stubs do not know it
+    group = granularity.PerGroup(TORCHAO_GROUP)
+    return quantization.IntxWeightOnlyConfig(weight_dtype=int4, granularity=group)
+
+
+def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every linear layer below ``module`` with its name, a library's own among them."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            yield name, child
+
+
+@torch.no_grad()
+def weight_of(linear: Any) -> Tensor:
+    """Return the weight that a layer multiplies with, (O, I) fp32, by asking it for its columns."""
+    unit_II = torch.eye(linear.in_features, dtype=torch.float32)
+    dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
+    return linear(unit_II.to(dtype)).T.float()
+
+
+def stored(model: PreTrainedModel, names: list[str], reader: StudentReader) -> tuple[int, int]:
+    """Return how many numbers were rounded, and the bytes that they take with their scales."""
+    numbers = sum(reader.tensors[f"{name}.weight"].numel for name in names)
+    prefixes = tuple(f"{name}.weight" for name in names)
+    state = model.state_dict()
+    return numbers, sum(_bytes(t) for name, t in state.items() if name.startswith(prefixes))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor or of the plain ones that a subclass is made of."""
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not Tensor:
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.nbytes
+
+
+def save(model: PreTrainedModel, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
+    """Write the model in the library's own way; returns its ``quantization_config``."""
+    model.save_pretrained(directory, max_shard_size=max_shard_bytes)
+    return artifacts.read_json(directory / CONFIG)["quantization_config"]

@@ -1,0 +1,374 @@
+"""Quantise: a student whose linear layers are stored by an engine's own quantiser.
+
+What is rounded are the shared bases, plain linear layers, and on request attention, shared experts
+and layers without experts; deltas, router, norms, scales and biases stay as they are. Once a base
+is rounded, the deltas of its group are found anew to make up for what it lost
+(``mathematics.refit``). With text, errors count as they come out on it: every base sees all tokens
+that chose any of its members.
+"""
+
+import shutil
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefuse import artifacts, corpus
+from moefuse.calibration.collect import CalibrationStore, collect
+from moefuse.checkpoint.headers import CARD, CONFIG, read_config
+from moefuse.checkpoint.streaming import StreamedTeacher
+from moefuse.checkpoint.writer import ShardedWriter
+from moefuse.config import QuantizeConfig, build, parse_bytes
+from moefuse.console import track
+from moefuse.errors import UserError
+from moefuse.evaluation.loading import load_tokenizer
+from moefuse.export.quantized import compressed, libraries
+from moefuse.export.quantized.card import quantized_card
+from moefuse.export.quantized.layers import BASES, chosen, linear_layers
+from moefuse.export.student_reader import StudentReader
+from moefuse.mathematics.expert_moments import input_moments
+from moefuse.mathematics.experts import Experts
+from moefuse.mathematics.integers import Grid, Rounded, nearest, with_feedback
+from moefuse.mathematics.refit import refitted
+from moefuse.modeling import TRAVELLING_FILE
+from moefuse.modeling.modeling_moefuse import FusedExperts
+from moefuse.places import check_output, check_outside, size_of
+
+REFUSED = {
+    "awq": "AWQ moves the scales of a layer's inputs into what comes before it; before a base that "
+    "is the norm, which router, shared experts and deltas read too. Use gptq, which takes the same "
+    "text",
+    "hqq4": "Transformers 5 says of hqq itself that it is not available yet, so that nothing could "
+    "load it by the usual route. Use w4a16 or nf4",
+}
+"""Schemes that are known and cannot be had, with the reason."""
+SCHEMES = (*compressed.LAYOUTS, *libraries.SCHEMES)
+CALIBRATED = ("gptq",)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How many calibration tokens reach a base, and how many an expert: medians and the least."""
+
+    base_median: float
+    base_least: int
+    expert_median: float
+    expert_least: int
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """Where the checkpoint is and what it takes.
+
+    ``bits`` are those of a number of the routed experts, deltas and scales included, ``base_bits``
+    those of a number of what was rounded, with its scales. ``seen`` is None without text.
+    """
+
+    out: Path
+    scheme: str
+    bytes: int
+    student_bytes: int
+    bits: float
+    base_bits: float
+    refitted: bool
+    seen: Seen | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a layer's experts' inputs, ``x_EDD`` and ``z_EFF``; tokens ``count_E``."""
+
+    x_EDD: Tensor
+    z_EFF: Tensor
+    count_E: Tensor
+
+    def of(self, projection: str) -> Tensor:
+        """Return those of the inputs of ``gate_up_proj`` or of ``down_proj``."""
+        return self.x_EDD if projection == "gate_up_proj" else self.z_EFF
+
+    def of_group(self, projection: str, members: Tensor) -> Tensor:
+        """Return the sum over a group's members, each by its tokens."""
+        return torch.einsum(
+            "e,eij->ij", self.count_E[members].float(), self.of(projection)[members]
+        )
+
+
+def quantize(
+    student: str | Path, out: str | Path, values: dict[str, Any], *, overwrite: bool = False
+) -> QuantizeResult:
+    """Write the fused checkpoint ``student`` to ``out``, its linear layers by a quantiser's format.
+
+    ``values`` are settings of ``QuantizeConfig``. Raises ``UserError`` before any work.
+    """
+    student, out = Path(student), Path(out)
+    job = _Job(student, out, build(QuantizeConfig, values), overwrite=overwrite)
+    return job.run()
+
+
+class _Job:
+    def __init__(self, student: Path, out: Path, options: QuantizeConfig, *, overwrite: bool):
+        self.out, self.options, self.scheme = out, options, options.scheme
+        check_scheme(self.scheme, options.data)
+        check_output(out, overwrite=overwrite)
+        self.reader = StudentReader.of(student)
+        check_outside(out, self.reader.directory, "output")
+        if any(plan.neurons is not None for plan in self.reader.plans.values()):
+            raise UserError(
+                f"{student} keeps neurons of each expert's own, already in few bits, and has "
+                "no bases that a quantiser could take; fuse with --groups for that."
+            )
+        self.max_shard_bytes = parse_bytes(options.max_shard, "--max-shard")
+        self.kinds = linear_layers(self.reader)
+        self.names = chosen(self.kinds, options.what)
+        self.grid = self._grid()
+        self.work = out.with_name(out.name + ".work")
+        self.tokens: list[tuple[Tensor, Tensor]] = [] if options.data is None else self._text()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.rounded_bytes = 0
+        self.rounded_numbers = 0
+
+    def _grid(self) -> Grid | None:
+        """Return the grid of a scheme that moefuse rounds by itself."""
+        layout = compressed.LAYOUTS.get(self.scheme)
+        if layout is None:
+            libraries.check(self.scheme)
+            return None
+        widths = {self.reader.tensors[f"{name}.weight"].shape[1] for name in self.names}
+        return compressed.grid_of(layout, widths, self.options.group_size)
+
+    def _text(self) -> list[tuple[Tensor, Tensor]]:
+        options = self.options
+        tokenizer = load_tokenizer(self.reader.directory)
+        sequences = corpus.tokenize(
+            corpus.load_documents(str(options.data)),
+            tokenizer,
+            options.sequence_length,
+            limit_tokens=options.tokens,
+        )
+        corpus.check_known(sequences, self.reader.config["vocab_size"], self.reader.source)
+        return list(corpus.batches(sequences, options.batch_size, 0))
+
+    def run(self) -> QuantizeResult:
+        shutil.rmtree(self.work, ignore_errors=True)
+        store = CalibrationStore(self.work / "calibration")
+        try:
+            if self.tokens:
+                teacher = StreamedTeacher(self.reader, device="cpu", dtype=torch.float32)
+                collect(teacher, self.tokens, store)
+            return self._write(store)
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    # What is stored.
+
+    def _write(self, store: CalibrationStore) -> QuantizeResult:
+        partial = artifacts.partial_directory(self.out)
+        if self.grid is None:
+            settings = self._write_by_library(partial, store)
+        else:
+            layout = compressed.LAYOUTS[self.scheme]
+            with ShardedWriter(partial, self.max_shard_bytes) as writer:
+                for name, tensor in self._tensors(store):
+                    writer.add(name, tensor)
+            stay = [name for name in self.kinds if name not in set(self.names)]
+            settings = compressed.settings(layout, self.grid, stay)
+        for path in self.reader.auxiliary_files():
+            target = partial / path.relative_to(self.reader.directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        shutil.copyfile(TRAVELLING_FILE, partial / TRAVELLING_FILE.name)
+        config = {**read_config(self.reader.directory), "quantization_config": settings}
+        artifacts.write_json(partial / CONFIG, config)
+        result = self._result(size_of(partial))
+        artifacts.write_text(
+            partial / CARD,
+            quantized_card(self.out.name, self.reader, self.options.what, asdict(result)),
+        )
+        artifacts.finish_directory(partial, self.out)
+        return result
+
+    def _write_by_library(self, partial: Path, store: CalibrationStore) -> dict[str, Any]:
+        stay = [name for name in self.kinds if name not in set(self.names)]
+        model = libraries.load(self.reader, self.scheme, stay)
+        for layer in track(self.reader.shape.layers, "Quantise"):
+            moments = self._moments(layer, store)
+            path = f"{self.reader.family.moe_path(layer)}.{self.reader.family.experts_name}"
+            given, made = self.reader.module(layer), model.get_submodule(path)
+            assert isinstance(given, FusedExperts)
+            rounded: dict[str, Tensor] = {}
+            for name, linear in libraries.linears(made.get_submodule("bases")):
+                if f"{path}.bases.{name}" in self.names:
+                    rounded[name] = libraries.weight_of(linear)
+            deltas = self._refitted(given, rounded, moments)
+            made.load_state_dict(deltas, strict=False)
+        self.rounded_numbers, self.rounded_bytes = libraries.stored(model, self.names, self.reader)
+        return libraries.save(model, partial, self.max_shard_bytes)
+
+    def _tensors(self, store: CalibrationStore) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the quantised student by name, a layer in memory at a time."""
+        reader, family = self.reader, self.reader.family
+        for name in reader.outside_names():
+            yield name, reader.read(name)
+        for layer in track(range(family.layer_count(reader.config)), "Quantise"):
+            prefix = family.layer_prefix(layer)
+            for name, tensor in reader.read_layer(layer, experts=False).items():
+                stem = (prefix + name).removesuffix(".weight")
+                if stem in self.names:
+                    yield from self._stored(stem, self._round(tensor, None))
+                else:
+                    yield prefix + name, tensor
+            if layer in reader.shape.layers:
+                yield from self._experts(layer, store)
+
+    def _experts(self, layer: int, store: CalibrationStore) -> Iterator[tuple[str, Tensor]]:
+        module = self.reader.module(layer)
+        assert isinstance(module, FusedExperts)
+        path = f"{self.reader.family.moe_path(layer)}.{self.reader.family.experts_name}."
+        moments = self._moments(layer, store)
+        found: dict[str, Tensor] = {}
+        for group, base in enumerate(module.bases):
+            members = (module.group_of_expert == group).nonzero().flatten()
+            for projection, linear in base.named_children():
+                name = f"bases.{group}.{projection}"
+                if path + name not in self.names:
+                    continue
+                moment = None if moments is None else moments.of_group(projection, members)
+                rounded = self._round(linear.weight.data, moment)  # type: ignore[arg-type]
+                yield from self._stored(path + name, rounded)
+                found[f"{group}.{projection}"] = rounded.weight()
+        state = {**module.state_dict(), **self._refitted(module, found, moments)}
+        for name, tensor in state.items():
+            if path + name.removesuffix(".weight") not in self.names:
+                yield path + name, tensor
+
+    def _stored(self, name: str, rounded: Rounded) -> Iterator[tuple[str, Tensor]]:
+        stored = compressed.parts(name, rounded, compressed.LAYOUTS[self.scheme])
+        self.rounded_numbers += rounded.codes_OI.numel()
+        self.rounded_bytes += sum(tensor.nbytes for tensor in stored.values())
+        yield from stored.items()
+
+    def _round(self, weight_OI: Tensor, moment_II: Tensor | None) -> Rounded:
+        assert self.grid is not None
+        if self.scheme in CALIBRATED and moment_II is not None:
+            return with_feedback(weight_OI, self.grid, weight_OI.dtype, moment_II)
+        energy_I = None if moment_II is None else moment_II.diagonal()
+        search = self.options.scales == "search"
+        return nearest(weight_OI, self.grid, weight_OI.dtype, search=search, energy_I=energy_I)
+
+    # Deltas.
+
+    @torch.no_grad()
+    def _refitted(
+        self, module: FusedExperts, rounded: dict[str, Tensor], moments: Moments | None
+    ) -> dict[str, Tensor]:
+        """Return a layer's deltas by their names in the module, found anew if they are to be.
+
+        ``rounded`` are the bases as they will be read, by names such as ``3.down_proj``.
+        """
+        delta: Any = module.delta
+        if delta is None or not self.options.refit:
+            return {}
+        found = {f"delta.{name}": tensor.clone() for name, tensor in delta.state_dict().items()}
+        for expert, group in enumerate(module.group_of_expert.tolist()):
+            for projection in ("gate_up_proj", "down_proj"):
+                read_OI = rounded.get(f"{group}.{projection}")
+                if read_OI is None:
+                    continue
+                base: Any = module.bases[group].get_submodule(projection)
+                lost_OI = base.weight.float() - read_OI
+                if projection == "gate_up_proj" and module.scale is not None:
+                    lost_OI = lost_OI * module.scale[expert].float().unsqueeze(-1)
+                stem = f"delta.{projection.removesuffix('_proj')}"
+                moment_II = None if moments is None else moments.of(projection)[expert]
+                b, a = found[f"{stem}_b"][expert], found[f"{stem}_a"][expert]
+                new_b, new_a = refitted(b, a, lost_OI, moment_II, self.options.damping)
+                b.copy_(new_b)
+                a.copy_(new_a)
+        return found
+
+    @torch.no_grad()
+    def _moments(self, layer: int, store: CalibrationStore) -> Moments | None:
+        if not self.tokens:
+            return None
+        call = store.all_calls(layer)
+        gate_up_EFD, down_EDF, biases = self.reader.read_experts(layer)
+        count_E = torch.bincount(call.index_TK.flatten(), minlength=self.reader.shape.experts)
+        module = self.reader.module(layer)
+        assert isinstance(module, FusedExperts)
+        experts = Experts(gate_up_EFD, down_EDF, module.gating, biases)
+        group_TK = module.group_of_expert[call.index_TK.long()]
+        groups = len(module.bases)
+        reached = [int((group_TK == group).any(1).sum()) for group in range(groups)]
+        self.seen.append((torch.tensor(reached), count_E))
+        return Moments(*input_moments(call, experts), count_E)
+
+    # What comes of it.
+
+    def _result(self, written: int) -> QuantizeResult:
+        paths = tuple(
+            f"{self.reader.family.moe_path(n)}.{self.reader.family.experts_name}."
+            for n in self.reader.shape.layers
+        )
+        routed = {n: t for n, t in self.reader.tensors.items() if n.startswith(paths)}
+        rounded = {f"{name}.weight" for name in self.names}
+        bases = [n for n in self.names if self.kinds[n] == BASES]
+        numbers = sum(self.reader.tensors[f"{n}.weight"].numel for n in bases)
+        base_bits = 8 * self.rounded_bytes / max(1, self.rounded_numbers)
+        rest = [t for n, t in routed.items() if n not in rounded]
+        total = sum(t.numel for t in rest) + numbers
+        bits = (base_bits * numbers + 8 * sum(t.stored_bytes for t in rest)) / total
+        return QuantizeResult(
+            out=self.out,
+            scheme=self.scheme,
+            bytes=written,
+            student_bytes=size_of(self.reader.directory),
+            bits=bits,
+            base_bits=base_bits,
+            refitted=self.options.refit and any(p.rank for p in self.reader.plans.values()),
+            seen=self._seen(),
+        )
+
+    def _seen(self) -> Seen | None:
+        if not self.seen:
+            return None
+        bases = torch.cat([base_G for base_G, _ in self.seen]).tolist()
+        experts = torch.cat([expert_E for _, expert_E in self.seen]).tolist()
+        return Seen(statistics.median(bases), min(bases), statistics.median(experts), min(experts))
+
+
+def check_scheme(scheme: str, data: str | None) -> None:
+    """Raise ``UserError`` for a scheme that there is not, or that lacks the text it needs."""
+    if scheme in REFUSED:
+        raise UserError(f"The scheme {scheme} cannot be had: {REFUSED[scheme]}.")
+    if scheme not in SCHEMES:
+        raise UserError(f"--scheme is {scheme!r}; choose from {', '.join((*SCHEMES, *REFUSED))}.")
+    if scheme in CALIBRATED and data is None:
+        raise UserError(
+            f"The scheme {scheme} is fitted to text; say with --data which, or use w4a16."
+        )
+
+
+def render_quantized(result: QuantizeResult) -> str:
+    """Say in a few lines what was written."""
+    deltas = ", deltas fitted anew" if result.refitted else ""
+    lines = [
+        f"{result.out}: {result.scheme}{deltas}; {result.bytes / 1e6:.2f} MB, where the student "
+        f"takes {result.student_bytes / 1e6:.2f} MB.",
+        f"A number of the routed experts takes {result.bits:.2f} bits, deltas included; one that "
+        f"was rounded {result.base_bits:.2f}, scales included.",
+    ]
+    if result.seen is not None:
+        lines.append(
+            f"Calibration tokens: a base sees {result.seen.base_median:.0f} (least "
+            f"{result.seen.base_least}), an expert of its own {result.seen.expert_median:.0f} "
+            f"(least {result.seen.expert_least}); medians."
+        )
+    return "\n".join(lines)

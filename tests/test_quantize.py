@@ -1,0 +1,161 @@
+"""Students in the formats of quantisers: what is stored, what it stands for, what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numeric import assert_close
+from running import write_text
+from safetensors.torch import load_file
+from tiny import save_tiny
+
+from moefuse.artifacts import read_json
+from moefuse.checkpoint.formats.compressed_tensors import FORMAT
+from moefuse.errors import UserError
+from moefuse.export.quantized.compressed import LAYOUTS, packed
+from moefuse.export.student_reader import StudentReader
+from moefuse.mathematics.integers import Grid, nearest, with_feedback
+from moefuse.mathematics.lowrank import expected_error
+from moefuse.mathematics.refit import refitted
+from moefuse.pipeline import fuse
+from moefuse.quantize import quantize
+
+Make = Callable[[str], Path]
+BASE = "model.layers.1.mlp.experts.bases.0.gate_up_proj"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantize")
+    write_text(folder / "text.txt")
+    save_tiny(folder / "teacher", "deepseek_v2")
+    usual = {"tokens": 512, "sequence_length": 64, "batch_size": 4, "steps": 0}
+    fuse(
+        folder / "teacher",
+        folder / "student",
+        {"data": str(folder / "text.txt"), "groups": 3, "rank": 2, **usual},
+    )
+    return folder
+
+
+def settings(home: Path, scheme: str, **more: Any) -> dict[str, Any]:
+    group = {"group_size": 16} if LAYOUTS[scheme].grouped else {}
+    text = {"data": str(home / "text.txt"), "tokens": 512, "sequence_length": 64}
+    return {"scheme": scheme, **group, **text, **more}
+
+
+@pytest.mark.parametrize("scheme", sorted(LAYOUTS))
+def test_stored_numbers_stand_for_the_bases(home: Path, tmp_path: Path, scheme: str) -> None:
+    out = tmp_path / "out"
+
+    result = quantize(home / "student", out, settings(home, scheme))
+
+    tensors, config = load_file(out / "model.safetensors"), read_json(out / "config.json")
+    plain = load_file(home / "student" / "model.safetensors")
+    for name in [name for name in plain if ".bases." in name]:
+        stem = name.removesuffix(".weight")
+        parts = {k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem + ".")}
+        read = FORMAT.unpack(parts, config["quantization_config"], tuple(plain[name].shape))
+        error = (read.float() - plain[name].float()).norm() / plain[name].float().norm()
+        assert error < (0.2 if LAYOUTS[scheme].bits == 4 else 0.04), name
+    assert result.base_bits > LAYOUTS[scheme].bits
+
+
+def test_what_is_not_asked_for_stays(home: Path, tmp_path: Path) -> None:
+    quantize(home / "student", tmp_path / "out", settings(home, "w8a8", refit=False))
+
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in load_file(home / "student" / "model.safetensors").items():
+        if ".bases." not in name:
+            assert torch.equal(made[name], tensor), name
+
+
+def test_attention_and_shared_experts_by_choice(home: Path, tmp_path: Path) -> None:
+    what = "bases,shared,attention,dense"
+
+    quantize(home / "student", tmp_path / "out", settings(home, "w8a8", what=what))
+
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for part in ("self_attn.o_proj", "mlp.shared_experts.up_proj"):
+        assert made[f"model.layers.1.{part}.weight"].dtype == torch.int8
+    assert made["model.layers.1.mlp.gate.weight"].is_floating_point()
+    ignored = read_json(tmp_path / "out" / "config.json")["quantization_config"]["ignore"]
+    assert "lm_head" in ignored
+    assert BASE not in ignored
+
+
+def test_refitted_deltas_lower_the_expected_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lost_OI = 0.1 * torch.randn(24, 16, generator=generator)
+    b_OR, a_RI = (torch.randn(*s, generator=generator) for s in ((24, 3), (3, 16)))
+    x_NI = torch.randn(64, 16, generator=generator) * torch.linspace(2, 0.1, 16)
+    moment_II = x_NI.T @ x_NI / 64
+    wanted_OI = lost_OI + b_OR @ a_RI
+
+    b, a = refitted(b_OR, a_RI, lost_OI, moment_II, 0.0)
+
+    assert b.shape == b_OR.shape
+    assert a.shape == a_RI.shape
+    best = torch.linalg.svdvals(wanted_OI.double() @ torch.linalg.cholesky(moment_II.double()))
+    assert_close(expected_error(wanted_OI - b @ a, moment_II).double(), best[3:].square().sum())
+    assert expected_error(wanted_OI - b @ a, moment_II) < expected_error(lost_OI, moment_II)
+
+
+def test_feedback_beats_the_nearest_code() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(32, 64, generator=generator)
+    x_NI = torch.randn(256, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    moment_II, grid = x_NI.T @ x_NI / 256, Grid(4, 32)
+
+    plain = nearest(weight_OI, grid, torch.float32, search=True, energy_I=None).weight()
+    fed_back = with_feedback(weight_OI, grid, torch.float32, moment_II).weight()
+
+    errors = [expected_error(weight_OI - read, moment_II) for read in (plain, fed_back)]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_packed_words_hold_codes_from_the_lowest_bits() -> None:
+    codes = torch.tensor([[-8, -7, 0, 1, 2, 3, 4, 7]])
+
+    word = packed(codes, 4).item() & 0xFFFFFFFF
+
+    assert [(word >> (4 * place)) & 15 for place in range(8)] == [0, 1, 8, 9, 10, 11, 12, 15]
+
+
+def test_every_base_sees_more_tokens_than_an_expert(home: Path, tmp_path: Path) -> None:
+    seen = quantize(home / "student", tmp_path / "out", settings(home, "gptq")).seen
+
+    assert seen is not None
+    assert seen.base_median > seen.expert_median
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"scheme": "awq"}, "norm"),
+        ({"scheme": "hqq4"}, "Transformers 5"),
+        ({"scheme": "w3"}, "choose from"),
+        ({"scheme": "gptq"}, "--data"),
+        ({"scheme": "w4a16", "what": "router"}, "--what"),
+        ({"scheme": "w4a16", "group_size": 128}, "--group-size"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(
+    home: Path, tmp_path: Path, values: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        quantize(home / "student", tmp_path / "out", values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_tells_the_true_bits(home: Path, tmp_path: Path) -> None:
+    result = quantize(home / "student", tmp_path / "out", settings(home, "w8a16"))
+
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    routed = [t for name, t in files.items() if ".experts." in name and "shared" not in name]
+    reader = StudentReader.of(home / "student")
+    numbers = sum(t.numel for n, t in reader.tensors.items() if ".mlp.experts." in n)
+    assert result.bits == pytest.approx(8 * sum(t.nbytes for t in routed) / numbers)
+    assert f"{result.bits:.2f} bits" in (tmp_path / "out" / "README.md").read_text()
