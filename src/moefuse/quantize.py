@@ -303,7 +303,8 @@ class _Job:
         count_E = torch.bincount(call.index_TK.flatten(), minlength=self.reader.shape.experts)
         module = self.reader.module(layer)
         assert isinstance(module, FusedExperts)
-        experts = Experts(gate_up_EFD, down_EDF, module.gating, biases)
+        gating: Any = module.gating
+        experts = Experts(gate_up_EFD, down_EDF, gating, biases)
         group_TK = module.group_of_expert[call.index_TK.long()]
         groups = len(module.bases)
         reached = [int((group_TK == group).any(1).sum()) for group in range(groups)]
