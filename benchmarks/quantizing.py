@@ -31,12 +31,12 @@ from moefuse.quantize import quantize
 
 GROUPS, TOKENS, LENGTH = 8, 4096, 256
 DATA = {"data": str(demo.calibration_path()), "tokens": 16_384}
-PLAIN = {"refit": False, "scales": "widest"}
+PLAIN = {"scales": "widest"}
 CASES: dict[str, dict[str, Any]] = {
     "w4a16, plain": {"scheme": "w4a16", **PLAIN},
-    "w4a16": {"scheme": "w4a16", **DATA},
-    "gptq, no refit": {"scheme": "gptq", "refit": False, **DATA},
+    "w4a16, refit": {"scheme": "w4a16", "refit": True, **DATA},
     "gptq": {"scheme": "gptq", **DATA},
+    "gptq, refit": {"scheme": "gptq", "refit": True, **DATA},
     "w8a16": {"scheme": "w8a16", **DATA},
     "w8a8": {"scheme": "w8a8", **DATA},
     "fp8": {"scheme": "fp8", **DATA},

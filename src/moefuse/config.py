@@ -334,7 +334,7 @@ class QuantizeConfig:
     what: str = setting(
         "bases", "What is rounded, with commas between: bases, shared, attention, dense."
     )
-    refit: bool = setting(True, "Find the deltas anew, so that they make up for what bases lost.")
+    refit: bool = setting(False, "Find the deltas anew, to make up for what bases lost.")
     damping: float = setting(
         0.01, "Share of the identity in the inputs' moments when refitting.", at_least=0, at_most=1
     )

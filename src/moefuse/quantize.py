@@ -1,8 +1,8 @@
 """Quantise: a student whose linear layers are stored by an engine's own quantiser.
 
 What is rounded are the shared bases, plain linear layers, and on request attention, shared experts
-and layers without experts; deltas, router, norms, scales and biases stay as they are. Once a base
-is rounded, the deltas of its group are found anew to make up for what it lost
+and layers without experts; deltas, router, norms, scales and biases stay as they are. On
+request the deltas of a group are found anew once its base is rounded, to make up for what it lost
 (``mathematics.refit``). With text, errors count as they come out on it: every base sees all tokens
 that chose any of its members.
 """
