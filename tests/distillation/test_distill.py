@@ -19,7 +19,7 @@ from moefuse.distillation.loop import (
 from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.losses import relative_error
 from moefuse.modeling import FusedExperts
-from moefuse.modeling.modeling_moefuse import PlainGating
+from moefuse.modeling.modeling_moefuse import NeuronExperts, PlainGating
 
 GATING = PlainGating(torch.nn.functional.silu)
 T, K, E, G, R, D, F = 600, 2, 6, 2, 3, 8, 6
@@ -202,6 +202,27 @@ def test_bases_deltas_and_scales_have_rates_of_their_own(still: str) -> None:
     for name, parameter in student.named_parameters():
         unchanged = torch.equal(parameter, perturbed().get_parameter(name))
         assert unchanged == name.startswith(starts[still])
+
+
+@pytest.mark.parametrize("form", ["bases", "own neurons"])
+def test_every_bias_of_a_biased_family_has_the_biases_rate(form: str) -> None:
+    if form == "bases":
+        student: nn.Module = FusedExperts(D, F, E, G, R, GATING, bias=True, down_bias=True)
+    else:
+        student = NeuronExperts(D, E, GATING, neurons={"16": E * F}, shared=3, biased=True)
+        student.widths.fill_(F)
+    with torch.no_grad():
+        for number, parameter in enumerate(student.parameters()):
+            parameter.copy_(0.3 * normal(*parameter.shape, seed=number))
+    start = copy.deepcopy(student)
+
+    result = distill_layer(student, CALL, replace(OPTIONS, scale_learning_rate=0.0))
+
+    assert result.after < result.before
+    still = {n for n, p in student.named_parameters() if torch.equal(p, start.get_parameter(n))}
+    biases = {name for name, _ in student.named_parameters() if "bias" in name}
+    assert len(biases) >= 2
+    assert biases <= still <= biases | {"gain.weight"}
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 7, 599, 5000])

@@ -116,7 +116,7 @@ def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
     """Give bases, deltas, scales, neurons and low-bit rows their own learning rates."""
     rates = {
         r"delta\.": options.delta_learning_rate,
-        r"scale|bias|gain\.weight": options.scale_learning_rate,
+        r"scale|(\w+_)?bias|gain\.weight": options.scale_learning_rate,
         r"(shared|gain)\.(latent|codebook|scale)$": options.shared_code_learning_rate,
         r".*\.(latent|codebook|scale)$": options.code_learning_rate,
         r"own\..*\.weight$": options.neuron_learning_rate,
