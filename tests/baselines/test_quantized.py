@@ -273,13 +273,13 @@ def test_experts_with_few_tokens_are_filled_up_with_the_layer_s() -> None:
     counts = few.statistics.count_E
     assert counts.min() < D
 
-    moments = input_moments(few)
+    moments = input_moments(few.call, few.experts)
 
     for moment_EII in moments:
         values = torch.linalg.eigvalsh(moment_EII)
         assert (values[:, -1] > 0).all(), "every expert has something to go by"
     never = replace(few, call=few.call.rows((few.call.index_TK != 0).all(1)))
-    x_EDD, _ = input_moments(never)
+    x_EDD, _ = input_moments(never.call, never.experts)
     x_TD = never.call.x_TD * never.call.weight_TK.square().mean().sqrt()
     assert_close(x_EDD[0], x_TD.T @ x_TD / len(x_TD))
     student = method("gptq").quantize(never, 3)

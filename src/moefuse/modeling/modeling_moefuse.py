@@ -104,9 +104,15 @@ def installed_kernels() -> Callable[..., Tensor | None] | None:
     """Find kernels that an installed package offers by the entry point ``moefuse.kernels``.
 
     They take a ``FusedExperts`` and its call, and return its output, or None to have it computed
-    plainly.
+    plainly. A package that is named but cannot be found is as good as not installed.
     """
-    return next((entry.load() for entry in entry_points(group="moefuse.kernels")), None)
+    for entry in entry_points(group="moefuse.kernels"):
+        try:
+            return entry.load()
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != entry.module.split(".")[0]:
+                raise
+    return None
 
 
 MOST_FILLED = 4
