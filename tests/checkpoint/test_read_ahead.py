@@ -144,10 +144,13 @@ def test_the_next_layer_is_read_while_one_is_held(tiny_checkpoint: Callable[...,
 
 
 HANGING = """
+import signal
 import sys
 from pathlib import Path
 from moefuse.checkpoint.read_ahead import Range, ReadAhead
 
+# A shell that starts the tests in the background has them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ahead = ReadAhead()
 ahead.start([Range("never", Path(sys.argv[1]), 0, 1)])
 print("waiting", flush=True)
@@ -166,7 +169,10 @@ def test_a_disk_that_hangs_does_not_keep_a_program_from_ending(how: str, tmp_pat
         if how == "wait":
             time.sleep(0.1)
             process.send_signal(signal.SIGINT)
-        _, printed = process.communicate(timeout=30)
+        try:
+            _, printed = process.communicate(timeout=30)
+        finally:
+            process.kill()
 
     assert process.returncode == (-signal.SIGINT if how == "wait" else 0)
     assert (b"KeyboardInterrupt" in printed) == (how == "wait")

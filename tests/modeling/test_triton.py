@@ -1,6 +1,9 @@
 """Triton's kernels against the slow twin: interpreted on a CPU, compiled where there is a GPU."""
 
+import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from test_fused_experts import KINDS, gradients, layers
 from torch import Tensor
 
 from moefuse.errors import UserError
-from moefuse.modeling import FusedExperts, kernels
+from moefuse.modeling import FusedExperts, kernels, modeling_moefuse
 from moefuse.modeling.kernels import triton_path
 from moefuse.modeling.naive import naive_forward
 
@@ -154,3 +157,23 @@ def test_what_triton_cannot_do_is_refused_if_asked_for_and_done_plainly_if_not(
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(UserError, match="MOEFUSE_KERNELS is 'fast'; choose from auto, triton"):
         kernels.use("fast")
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_package_that_is_broken_says_so_and_one_that_is_not_there_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    if broken:
+        (tmp_path / "offering").mkdir()
+        (tmp_path / "offering" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint("some", "offering.missing:way", "moefuse.kernels")
+    monkeypatch.setattr(modeling_moefuse, "entry_points", lambda **_: [entry])
+    find = modeling_moefuse.installed_kernels.__wrapped__
+
+    if not broken:
+        assert find() is None
+        return
+    with pytest.raises(ModuleNotFoundError, match=r"offering\.missing"):
+        find()
+    monkeypatch.delitem(sys.modules, "offering")

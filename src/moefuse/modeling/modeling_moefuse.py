@@ -31,6 +31,7 @@ one code stands for, B bytes.
 
 import itertools
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
@@ -104,13 +105,16 @@ def installed_kernels() -> Callable[..., Tensor | None] | None:
     """Find kernels that an installed package offers by the entry point ``moefuse.kernels``.
 
     They take a ``FusedExperts`` and its call, and return its output, or None to have it computed
-    plainly. A package that is named but cannot be found is as good as not installed.
+    plainly. A package that is named but cannot be found is as good as not installed; one that lacks
+    a part of itself is broken, and says so.
     """
     for entry in entry_points(group="moefuse.kernels"):
+        package = entry.module.split(".")[0]
         try:
             return entry.load()
         except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != entry.module.split(".")[0]:
+            found = hasattr(sys.modules.get(package), "__path__")
+            if found or (error.name or "").split(".")[0] != package:
                 raise
     return None
 
