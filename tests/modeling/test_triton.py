@@ -1,6 +1,5 @@
 """Triton's kernels against the slow twin: interpreted on a CPU, compiled where there is a GPU."""
 
-import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -159,21 +158,20 @@ def test_an_unknown_setting_is_refused() -> None:
         kernels.use("fast")
 
 
-@pytest.mark.parametrize("broken", [True, False])
-def test_a_package_that_is_broken_says_so_and_one_that_is_not_there_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
-) -> None:
-    if broken:
-        (tmp_path / "offering").mkdir()
-        (tmp_path / "offering" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    entry = EntryPoint("some", "offering.missing:way", "moefuse.kernels")
+def offered_by(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Look for kernels where a package called ``name`` offers them."""
+    entry = EntryPoint("some", f"{name}.missing:way", "moefuse.kernels")
     monkeypatch.setattr(modeling_moefuse, "entry_points", lambda **_: [entry])
-    find = modeling_moefuse.installed_kernels.__wrapped__
+    return modeling_moefuse.installed_kernels.__wrapped__()
 
-    if not broken:
-        assert find() is None
-        return
-    with pytest.raises(ModuleNotFoundError, match=r"offering\.missing"):
-        find()
-    monkeypatch.delitem(sys.modules, "offering")
+
+def test_a_package_that_is_not_there_offers_nothing_and_a_broken_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_offer").mkdir()
+    (tmp_path / "broken_offer" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert offered_by("absent_offer", monkeypatch) is None
+    with pytest.raises(ModuleNotFoundError, match=r"broken_offer\.missing"):
+        offered_by("broken_offer", monkeypatch)
