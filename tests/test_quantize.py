@@ -159,3 +159,16 @@ def test_the_card_tells_the_true_bits(home: Path, tmp_path: Path) -> None:
     numbers = sum(t.numel for n, t in reader.tensors.items() if ".mlp.experts." in n)
     assert result.bits == pytest.approx(8 * sum(t.nbytes for t in routed) / numbers)
     assert f"{result.bits:.2f} bits" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_work_directory_that_is_not_its_own_is_refused_and_left(
+    home: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "out.work" / "calibration" / "layer.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"of 'moefuse fuse'")
+
+    with pytest.raises(UserError, match="is none of moefuse's files"):
+        quantize(home / "student", tmp_path / "out", settings(home, "w4a16"))
+
+    assert kept.read_bytes() == b"of 'moefuse fuse'"

@@ -704,7 +704,7 @@ def quantize_command(
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
-    """Store a student's linear layers in a quantiser's format; deltas make up for the rounding."""
+    """Store a student's linear layers in a quantiser's format."""
     from moefuse.quantize import quantize, render_quantized
 
     result = quantize(student, out, values, overwrite=overwrite)

@@ -36,7 +36,7 @@ from moefuse.mathematics.integers import Grid, Rounded, nearest, with_feedback
 from moefuse.mathematics.refit import refitted
 from moefuse.modeling import TRAVELLING_FILE
 from moefuse.modeling.modeling_moefuse import FusedExperts
-from moefuse.places import check_output, check_outside, size_of
+from moefuse.places import check_output, check_outside, check_own, size_of
 
 REFUSED = {
     "awq": "AWQ moves the scales of a layer's inputs into what comes before it; before a base that "
@@ -48,6 +48,7 @@ REFUSED = {
 """Schemes that are known and cannot be had, with the reason."""
 SCHEMES = (*compressed.LAYOUTS, *libraries.SCHEMES)
 CALIBRATED = ("gptq",)
+OWN_ENTRIES = ("quantize-",)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class _Job:
         self.names = chosen(self.kinds, options.what)
         self.grid = self._grid()
         self.work = out.with_name(out.name + ".work")
+        check_own(self.work, OWN_ENTRIES)
         self.tokens: list[tuple[Tensor, Tensor]] = [] if options.data is None else self._text()
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.rounded_bytes = 0
@@ -157,15 +159,17 @@ class _Job:
         return list(corpus.batches(sequences, options.batch_size, 0))
 
     def run(self) -> QuantizeResult:
-        shutil.rmtree(self.work, ignore_errors=True)
-        store = CalibrationStore(self.work / "calibration")
+        if self.work.exists():
+            shutil.rmtree(self.work)
+        store = CalibrationStore(self.work / "quantize-calibration")
         try:
             if self.tokens:
                 teacher = StreamedTeacher(self.reader, device="cpu", dtype=torch.float32)
                 collect(teacher, self.tokens, store)
             return self._write(store)
         finally:
-            shutil.rmtree(self.work, ignore_errors=True)
+            if self.work.exists():
+                shutil.rmtree(self.work)
 
     # What is stored.
 
