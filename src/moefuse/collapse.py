@@ -10,6 +10,7 @@ student. What is lost is measured: KL both ways on held-out text.
 import shutil
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -139,12 +140,15 @@ class CollapseJob:
 
     def _batches(self) -> list[tuple[Tensor, Tensor]]:
         options = self.options
-        documents = corpus.load_documents(str(options.data))
-        sequences = corpus.tokenize(
-            documents, self.tokenizer, options.sequence_length, limit_tokens=options.tokens
+        return corpus.read_batches(
+            str(options.data),
+            self.tokenizer,
+            sequence_length=options.sequence_length,
+            tokens=options.tokens,
+            batch_size=options.batch_size,
+            vocabulary=self.reader.config["vocab_size"],
+            source=self.reader.source,
         )
-        corpus.check_known(sequences, self.reader.config["vocab_size"], self.reader.source)
-        return list(corpus.batches(sequences, options.batch_size, 0))
 
     def _held_out(self) -> HeldOut | None:
         options = self.options
@@ -228,8 +232,13 @@ class CollapseJob:
     def empty_layer(self, layer: int) -> CollapsedLayer:
         """Build a layer without weights."""
         family = self.reader.family
-        model = native_model(family, self.config)
-        return CollapsedLayer(model.get_submodule(family.moe_path(layer)), family)
+        block = self.plain_model.get_submodule(family.moe_path(layer))
+        return CollapsedLayer(deepcopy(block), family)
+
+    @cached_property
+    def plain_model(self) -> Any:
+        """The plain model on the meta device, from which layers are copied."""
+        return native_model(self.reader.family, self.config)
 
     def group_of_expert(self, layer: int) -> Tensor:
         """Read which group each expert of a layer belongs to, (E,) int64; groups without a member
@@ -321,7 +330,7 @@ class CollapseJob:
             return state[name].detach().to("cpu", tensor.dtype)
 
         def experts(layer: int) -> Weights:
-            path = f"{family.moe_path(layer)}.{family.experts_name}."
+            path = f"{family.experts_path(layer)}."
             found = {name: tensor for name, tensor in state.items() if name.startswith(path)}
             stored = {n: t.detach().to("cpu", self.reader.dtype) for n, t in found.items()}
             return _below(stored, path, family)
@@ -361,7 +370,7 @@ class CollapseJob:
                 out.name,
                 self.reader,
                 WHAT.replace("{groups}", str(self.groups)),
-                student_bytes=self.student_bytes,
+                student_bytes=self.reader.total_bytes,
                 made_bytes=self.plain_bytes,
                 sections=lost(losses),
             ),
@@ -372,14 +381,9 @@ class CollapseJob:
         )
 
     @property
-    def student_bytes(self) -> int:
-        """Bytes of the fused student's tensors."""
-        return sum(tensor.stored_bytes for tensor in self.reader.tensors.values())
-
-    @property
     def plain_bytes(self) -> int:
         """Bytes of the plain model's tensors, all in the student's dtype."""
-        state = native_model(self.reader.family, self.config).state_dict()
+        state = self.plain_model.state_dict()
         return sum(tensor.numel() for tensor in state.values()) * self.reader.dtype.itemsize
 
     def errors(self) -> dict[int, dict[str, float]]:
@@ -539,7 +543,7 @@ def collapse(
         job.groups,
         job.config[job.reader.family.top_k_key],
         size_of(out),
-        job.student_bytes,
+        job.reader.total_bytes,
         job.errors(),
         losses,
         time.monotonic() - start,

@@ -247,6 +247,27 @@ def load_tokenizer(
         ) from error
 
 
+def read_batches(
+    data: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    tokens: int,
+    batch_size: int,
+    vocabulary: int,
+    source: str,
+) -> list[tuple[Tensor, Tensor]]:
+    """Read text into batches of at most ``tokens`` tokens (see ``tokenize`` and ``batches``).
+
+    Raises ``UserError`` for text that cannot be read, and for tokens that the model in ``source``,
+    whose ``vocabulary`` is so large, does not know.
+    """
+    documents = load_documents(data)
+    sequences = tokenize(documents, tokenizer, sequence_length, limit_tokens=tokens)
+    check_known(sequences, vocabulary, source)
+    return list(batches(sequences, batch_size, 0))
+
+
 def check_known(sequences: Iterable[Tensor], vocabulary: int, source: str) -> None:
     """Raise ``UserError`` for tokens beyond the vocabulary of the model in ``source``."""
     largest = max(int(ids.max()) for ids in sequences)

@@ -148,15 +148,15 @@ class _Job:
 
     def _text(self) -> list[tuple[Tensor, Tensor]]:
         options = self.options
-        tokenizer = load_tokenizer(self.reader.directory)
-        sequences = corpus.tokenize(
-            corpus.load_documents(str(options.data)),
-            tokenizer,
-            options.sequence_length,
-            limit_tokens=options.tokens,
+        return corpus.read_batches(
+            str(options.data),
+            load_tokenizer(self.reader.directory),
+            sequence_length=options.sequence_length,
+            tokens=options.tokens,
+            batch_size=options.batch_size,
+            vocabulary=self.reader.config["vocab_size"],
+            source=self.reader.source,
         )
-        corpus.check_known(sequences, self.reader.config["vocab_size"], self.reader.source)
-        return list(corpus.batches(sequences, options.batch_size, 0))
 
     def run(self) -> QuantizeResult:
         if self.work.exists():
@@ -184,10 +184,7 @@ class _Job:
                     writer.add(name, tensor)
             stay = [name for name in self.kinds if name not in set(self.names)]
             settings = compressed.settings(layout, self.grid, stay)
-        for path in self.reader.auxiliary_files():
-            target = partial / path.relative_to(self.reader.directory)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        self.reader.copy_auxiliary_files(partial)
         shutil.copyfile(TRAVELLING_FILE, partial / TRAVELLING_FILE.name)
         config = {**read_config(self.reader.directory), "quantization_config": settings}
         artifacts.write_json(partial / CONFIG, config)
@@ -203,10 +200,10 @@ class _Job:
         stay = [name for name in self.kinds if name not in set(self.names)]
         model = libraries.load(self.reader, self.scheme, stay)
         for layer in track(self.reader.shape.layers, "Quantise"):
-            moments = self._moments(layer, store)
-            path = f"{self.reader.family.moe_path(layer)}.{self.reader.family.experts_name}"
+            path = self.reader.family.experts_path(layer)
             given, made = self.reader.module(layer), model.get_submodule(path)
             assert isinstance(given, FusedExperts)
+            moments = self._moments(layer, given, store)
             rounded: dict[str, Tensor] = {}
             for name, linear in libraries.linears(made.get_submodule("bases")):
                 if f"{path}.bases.{name}" in self.names:
@@ -235,8 +232,8 @@ class _Job:
     def _experts(self, layer: int, store: CalibrationStore) -> Iterator[tuple[str, Tensor]]:
         module = self.reader.module(layer)
         assert isinstance(module, FusedExperts)
-        path = f"{self.reader.family.moe_path(layer)}.{self.reader.family.experts_name}."
-        moments = self._moments(layer, store)
+        path = f"{self.reader.family.experts_path(layer)}."
+        moments = self._moments(layer, module, store)
         found: dict[str, Tensor] = {}
         for group, base in enumerate(module.bases):
             members = (module.group_of_expert == group).nonzero().flatten()
@@ -299,14 +296,12 @@ class _Job:
         return found
 
     @torch.no_grad()
-    def _moments(self, layer: int, store: CalibrationStore) -> Moments | None:
+    def _moments(self, layer: int, module: FusedExperts, store: CalibrationStore) -> Moments | None:
         if not self.tokens:
             return None
         call = store.all_calls(layer)
-        gate_up_EFD, down_EDF, biases = self.reader.read_experts(layer)
+        gate_up_EFD, down_EDF, biases = self.reader.written_out(module)
         count_E = torch.bincount(call.index_TK.flatten(), minlength=self.reader.shape.experts)
-        module = self.reader.module(layer)
-        assert isinstance(module, FusedExperts)
         gating: Any = module.gating
         experts = Experts(gate_up_EFD, down_EDF, gating, biases)
         group_TK = module.group_of_expert[call.index_TK.long()]
@@ -318,10 +313,8 @@ class _Job:
     # What comes of it.
 
     def _result(self, written: int) -> QuantizeResult:
-        paths = tuple(
-            f"{self.reader.family.moe_path(n)}.{self.reader.family.experts_name}."
-            for n in self.reader.shape.layers
-        )
+        family, layers = self.reader.family, self.reader.shape.layers
+        paths = tuple(f"{family.experts_path(layer)}." for layer in layers)
         routed = {n: t for n, t in self.reader.tensors.items() if n.startswith(paths)}
         rounded = {f"{name}.weight" for name in self.names}
         bases = [n for n in self.names if self.kinds[n] == BASES]

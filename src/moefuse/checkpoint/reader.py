@@ -8,6 +8,7 @@ What is about to be copied out is read by a thread first (see ``read_ahead``), a
 it too where somebody says what that is.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -238,6 +239,18 @@ class CheckpointReader:
         names = sorted(path.relative_to(self.directory).as_posix() for path in found)
         paths = [contained_path(self.directory, name) for name in names]
         return [path for path in paths if path.is_file() and path.suffix not in PICKLE_SUFFIXES]
+
+    def copy_auxiliary_files(self, directory: Path) -> None:
+        """Copy what a student inherits unchanged into ``directory``, subdirectories kept."""
+        for path in self.auxiliary_files():
+            target = directory / path.relative_to(self.directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+    @property
+    def total_bytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(tensor.stored_bytes for tensor in self.tensors.values())
 
     @cached_property
     def _by_layer(self) -> dict[int, list[str]]:

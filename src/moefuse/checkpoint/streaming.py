@@ -100,7 +100,7 @@ def _check_tensors(model: nn.Module, reader: CheckpointReader) -> None:
     ties = reader.config.get("tie_word_embeddings", False)
     tied = (getattr(model, "_tied_weights_keys", None) or {}) if ties else {}
     # Routed experts lie stacked in the model and singly on disk; the reader checked them.
-    experts = tuple(f"{family.moe_path(n)}.{family.experts_name}." for n in reader.shape.layers)
+    experts = tuple(f"{family.experts_path(n)}." for n in reader.shape.layers)
     for name, wanted in model.state_dict().items():
         if name.startswith(experts) or (name in tied and name not in stored):
             continue

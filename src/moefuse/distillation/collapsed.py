@@ -21,6 +21,7 @@ from moefuse.checkpoint.native import Weights, to_native
 from moefuse.distillation.loop import learning_rate_factor
 from moefuse.families import Family
 from moefuse.mathematics.experts import ExpertBiases, ExpertsCall
+from moefuse.modeling.modeling_moefuse import weight_of_experts
 
 ROUTER_RATE = 1e-2
 WARMUP = 0.05
@@ -144,8 +145,7 @@ def begin(
 
 def group_weights(index_TK: Tensor, weight_TK: Tensor, group_E: Tensor, groups: int) -> Tensor:
     """Return the weight that every group has of every token, (T, G)."""
-    zero_TG = torch.zeros(len(index_TK), groups, device=weight_TK.device)
-    return zero_TG.scatter_add(1, group_E[index_TK.long()], weight_TK.float())
+    return weight_of_experts(group_E[index_TK.long()], weight_TK, groups)
 
 
 def fit_router(

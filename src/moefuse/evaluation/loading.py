@@ -194,7 +194,7 @@ def expert_bytes(headers: CheckpointHeaders) -> int | None:
         for layer in family.shape(config).layers
         for prefix in (
             *family.routed_prefixes(layer),
-            f"{family.moe_path(layer)}.{family.experts_name}.",
+            f"{family.experts_path(layer)}.",
         )
     )
     return sum(t.stored_bytes for name, t in headers.tensors.items() if name.startswith(prefixes))
@@ -225,7 +225,7 @@ def count_active_parameters(model: nn.Module, headers: CheckpointHeaders) -> int
     shape = family.shape(config)
     idle = 0
     for layer in shape.layers:
-        experts = model.get_submodule(f"{family.moe_path(layer)}.{family.experts_name}")
+        experts = model.get_submodule(family.experts_path(layer))
         idle += count_parameters(experts) - _active_of(experts, shape)
     return count_parameters(model) - idle
 

@@ -106,7 +106,7 @@ def student_tensors(
         for name, tensor in reader.read_layer(layer, experts=False).items():
             yield prefix + name, tensor
         if layer in layers:
-            experts = f"{family.moe_path(layer)}.{family.experts_name}."
+            experts = f"{family.experts_path(layer)}."
             for name, tensor in state(layer).items():
                 cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
                 yield experts + name, cast
@@ -134,10 +134,7 @@ def assemble(
     with ShardedWriter(partial, max_shard_bytes) as writer:
         for name, tensor in student_tensors(reader, layers, state, dtype):
             writer.add(name, tensor)
-    for path in reader.auxiliary_files():
-        target = partial / path.relative_to(reader.directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    reader.copy_auxiliary_files(partial)
     if tokenizer_class is not None:
         _name_tokenizer(partial / TOKENIZER_CONFIG, tokenizer_class)
     shutil.copyfile(TRAVELLING_FILE, partial / TRAVELLING_FILE.name)

@@ -304,7 +304,7 @@ model = moefuse.load("{name}")
 | vLLM | `vllm serve {name} --trust-remote-code`; with moefuse beside it, `vllm serve {name}` |
 | llama.cpp | `moefuse collapse` or `moefuse expand`, then `moefuse export gguf` |
 | ExLlama, other engines | `moefuse collapse` or `moefuse expand`; not yet tested |
-| quantisers | not yet tested one by one |"""
+| quantisers | `moefuse quantize {name} OUT`, or your own configuration |"""
 
 
 def _limits(record: CardRecord) -> list[str]:

@@ -85,7 +85,6 @@ def expand(
     wide = reader if width == reader.shape.intermediate else reader.widened(width)
     config = {**wide.config, "dtype": str(stored).removeprefix("torch.")}
     _check_room(wide, stored, out)
-    made = sum(tensor.stored_bytes for tensor in reader.tensors.values())
     what = EXPANDED + WITHOUT_BIASES * reader.loses_biases
     size = expanded_bytes(wide, stored)
     write_plain(
@@ -93,12 +92,12 @@ def expand(
         config,
         lambda layer: wide.read_experts(layer, dtype=stored),
         out,
-        card=plain_card(out.name, reader, what, student_bytes=made, made_bytes=size),
+        card=plain_card(out.name, reader, what, student_bytes=reader.total_bytes, made_bytes=size),
         description="Expand",
         change=Padding(wide) if wide is not reader else None,
         max_shard_bytes=max_shard_bytes,
     )
-    return ExpandResult(out, size_of(out), made, width, reader.loses_biases)
+    return ExpandResult(out, size_of(out), reader.total_bytes, width, reader.loses_biases)
 
 
 class Padding:
@@ -127,9 +126,7 @@ def expanded_bytes(reader: StudentReader, dtype: torch.dtype) -> int:
     """Return about how many bytes the student takes with all experts written out."""
     shape = reader.shape
     experts = len(shape.layers) * shape.layer_numbers
-    fused = tuple(
-        f"{reader.family.moe_path(n)}.{reader.family.experts_name}." for n in shape.layers
-    )
+    fused = tuple(f"{reader.family.experts_path(n)}." for n in shape.layers)
     rest = [info for name, info in reader.tensors.items() if not name.startswith(fused)]
     return sum(info.stored_bytes for info in rest) + experts * dtype.itemsize
 

@@ -4,7 +4,6 @@ The files carry the names that published checkpoints do, and nothing of moefuse 
 them. The directory appears whole, by a rename.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,7 @@ def write_plain(
             if layer in reader.shape.layers:
                 for name, tensor in named_experts(family, layer, experts(layer)):
                     writer.add(name, tensor)
-    for path in reader.auxiliary_files():
-        target = partial / path.relative_to(reader.directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    reader.copy_auxiliary_files(partial)
     artifacts.write_json(partial / CONFIG, config)
     artifacts.write_text(partial / CARD, card)
     for name, value in (beside or {}).items():

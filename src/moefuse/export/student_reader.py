@@ -73,7 +73,7 @@ class StudentReader(CheckpointReader):
 
         Its activation means nothing.
         """
-        prefix = self._experts_path(layer)
+        prefix = f"{self.family.experts_path(layer)}."
         _, names = self._names(layer)
         state = {name.removeprefix(prefix): self.read(name) for name in names}
         module = make_experts(self.shape, self.plans[layer], "meta")
@@ -98,12 +98,21 @@ class StudentReader(CheckpointReader):
     ) -> Weights:
         """Return a layer's experts written out: ``gate_up`` (E, 2F, D), ``down`` (E, D, F), biases
         where the family has them."""
+        return self.written_out(self.module(layer), device=device, dtype=dtype)
+
+    def written_out(
+        self,
+        module: FusedExperts | NeuronExperts,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Weights:
+        """Do what ``read_experts`` does for a layer that ``module`` has read."""
         shape = self.shape
         place: dict[str, Any] = {"dtype": dtype or self.dtype, "device": device}
         gate_up_EFD = torch.empty((shape.experts, 2 * shape.intermediate, shape.hidden), **place)
         down_EDF = torch.empty((shape.experts, shape.hidden, shape.intermediate), **place)
         bias_EF = torch.empty(gate_up_EFD.shape[:2], **place) if shape.biased else None
-        module = self.module(layer)
         for expert, made in enumerate(ordinary_experts(module, shape.intermediate)):
             gate_up_FD, down_DF, bias_F = made
             gate_up_EFD[expert].copy_(gate_up_FD)
@@ -121,12 +130,9 @@ class StudentReader(CheckpointReader):
         weights = self.read_experts(layer, device=device, dtype=dtype)
         return to_native(weights, self.family.layout)
 
-    def _experts_path(self, layer: int) -> str:
-        return f"{self.family.moe_path(layer)}.{self.family.experts_name}."
-
     def _names(self, layer: int) -> tuple[list[str], list[str]]:
         """Return the names of a layer's tensors beside its fused experts, and of those."""
-        routed = self._experts_path(layer)
+        routed = f"{self.family.experts_path(layer)}."
         parts: tuple[list[str], list[str]] = ([], [])
         for name in self._by_layer.get(layer, ()):
             parts[name.startswith(routed)].append(name)

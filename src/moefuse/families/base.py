@@ -437,6 +437,10 @@ class Family:
         """Return the path of the module that holds router and experts: ``"model.layers.3.mlp"``."""
         return self.layer_prefix(layer) + self.moe_name
 
+    def experts_path(self, layer: int) -> str:
+        """Return the path of the module of a layer's experts: ``"model.layers.3.mlp.experts"``."""
+        return f"{self.moe_path(layer)}.{self.experts_name}"
+
     def experts_prefix(self, layer: int) -> str:
         """Return what the names of a layer's routed experts start with in the checkpoint."""
         return f"{self.layer_prefix(layer)}{self.disk_moe_name}.{self.experts_name}."

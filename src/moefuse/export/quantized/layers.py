@@ -24,7 +24,7 @@ def linear_layers(reader: StudentReader) -> dict[str, str | None]:
         if isinstance(module, nn.Linear):
             found[name] = _kind(reader, name, module)
     for layer, plan in reader.plans.items():
-        path = f"{reader.family.moe_path(layer)}.{reader.family.experts_name}.bases"
+        path = f"{reader.family.experts_path(layer)}.bases"
         for group in range(plan.groups):
             for projection in ("gate_up_proj", "down_proj"):
                 found[f"{path}.{group}.{projection}"] = BASES
