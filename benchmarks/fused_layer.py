@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from distillation_speed import matrix_rate
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
@@ -108,13 +109,6 @@ class Clock:
         one, other = torch.ones(2, size, dtype=torch.uint8, device=self.device)
         spent, _ = self.seconds([lambda: other.copy_(one)] * 3)
         return 2 * size / min(spent)
-
-    def matrix_rate(self, dtype: torch.dtype) -> float:
-        """Measure operations a second of one large matrix product."""
-        size = 8192 if self.cuda else 1024
-        one, other = torch.randn(2, size, size, device=self.device).to(dtype)
-        spent, _ = self.seconds([lambda: one @ other] * 3)
-        return 2 * size**3 / min(spent)
 
 
 def trained_routing() -> Tensor:
@@ -338,7 +332,7 @@ def main() -> None:
     dtype = getattr(torch, given.dtype)
     clock, routed = Clock(given.device), trained_routing()
     wanted = cells(given)
-    bandwidth, rate = clock.copy_bandwidth(), clock.matrix_rate(dtype)
+    bandwidth, rate = clock.copy_bandwidth(), matrix_rate(dtype, given.device)
     originals: dict[str, Any] = {}
     rows = []
     for cell in wanted:

@@ -11,6 +11,7 @@ import torch
 from numeric import assert_close
 from running import contents, run_here, write_jsonl, write_text
 from safetensors.torch import load_file, save_file
+from students import student_of
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,7 +20,6 @@ from moefuse.distillation.collapsed import folded
 from moefuse.evaluation.run import evaluate_command
 from moefuse.families import all_families
 from moefuse.modeling import load_fused
-from moefuse.pipeline import fuse
 
 FAMILIES = sorted(all_families())
 IDS_BS = torch.randint(2, 64, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -37,14 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def student(home: Path) -> Make:
     def make(family: str = "deepseek_v2", **settings: Any) -> Path:
-        out = home / f"{family}-{'-'.join(f'{k}{v}' for k, v in settings.items())}"
-        if not out.exists():
-            teacher = home / f"{family}-teacher"
-            if not teacher.exists():
-                save_tiny(teacher, family)
-            usual = {"tokens": 512, "sequence_length": 64, "batch_size": 4, "steps": 0}
-            fuse(teacher, out, {"data": str(home / "text.txt"), **usual, **settings})
-        return out
+        return student_of(home, family, **settings)
 
     return make
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_close
-from running import write_text
 from safetensors.torch import load_file
-from tiny import save_tiny
+from students import student_of
 
 from moefuse.artifacts import read_json
 from moefuse.checkpoint.formats.compressed_tensors import FORMAT
@@ -19,7 +18,6 @@ from moefuse.export.student_reader import StudentReader
 from moefuse.mathematics.integers import Grid, nearest, with_feedback
 from moefuse.mathematics.lowrank import expected_error
 from moefuse.mathematics.refit import refitted
-from moefuse.pipeline import fuse
 from moefuse.quantize import quantize
 
 Make = Callable[[str], Path]
@@ -29,14 +27,7 @@ BASE = "model.layers.1.mlp.experts.bases.0.gate_up_proj"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantize")
-    write_text(folder / "text.txt")
-    save_tiny(folder / "teacher", "deepseek_v2")
-    usual = {"tokens": 512, "sequence_length": 64, "batch_size": 4, "steps": 0}
-    fuse(
-        folder / "teacher",
-        folder / "student",
-        {"data": str(folder / "text.txt"), "groups": 3, "rank": 2, **usual},
-    )
+    student_of(folder, "deepseek_v2", groups=3, rank=2).rename(folder / "student")
     return folder
 
 

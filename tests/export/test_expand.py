@@ -12,7 +12,7 @@ import torch
 from numeric import assert_close
 from running import Ran, run_here, write_text
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
+from students import student_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moefuse.checkpoint.headers import read_headers
@@ -21,7 +21,6 @@ from moefuse.export.expand import expand
 from moefuse.export.student_reader import StudentReader
 from moefuse.families import all_families
 from moefuse.modeling import load_fused
-from moefuse.pipeline import fuse
 
 FAMILIES = sorted(all_families())
 IDS_BS = torch.randint(2, 64, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -48,14 +47,7 @@ def student(home: Path) -> Make:
     """``student(family, **settings)`` returns a student's directory."""
 
     def make(family: str, **settings: Any) -> Path:
-        out = home / f"{family}-{'-'.join(f'{k}{v}' for k, v in settings.items())}"
-        if not out.exists():
-            teacher = home / f"{family}-teacher"
-            if not teacher.exists():
-                save_tiny(teacher, family)
-            usual = {"tokens": 512, "sequence_length": 64, "batch_size": 4, "steps": 0}
-            fuse(teacher, out, {"data": str(home / "text.txt"), **usual, **settings})
-        return out
+        return student_of(home, family, **settings)
 
     return make
 

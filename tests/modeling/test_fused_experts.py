@@ -46,6 +46,20 @@ def gradients(
     return {"y_TD": y_TD.detach(), **found}
 
 
+def assert_like_the_slow_twin(forward: Forward, drawn: tuple[Sizes, dict[str, Any], int]) -> None:
+    """Compare outputs and gradients of one drawn layer."""
+    sizes, options, seed = drawn
+    module = random_experts(sizes, seed=seed, may_be_empty=True, **options)
+    call = random_call(sizes, seed=seed)
+
+    expected = gradients(naive_forward, module, call)
+    actual = gradients(forward, module, call)
+
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(actual[name].cpu(), expected[name])
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[Sizes, dict[str, Any], int]:
     experts = draw(st.integers(1, 7))
@@ -68,16 +82,7 @@ def layers(draw: st.DrawFn) -> tuple[Sizes, dict[str, Any], int]:
 def test_outputs_and_gradients_are_those_of_the_slow_twin(
     drawn: tuple[Sizes, dict[str, Any], int],
 ) -> None:
-    sizes, options, seed = drawn
-    module = random_experts(sizes, seed=seed, may_be_empty=True, **options)
-    call = random_call(sizes, seed=seed)
-
-    actual = gradients(plainly, module, call)
-    expected = gradients(naive_forward, module, call)
-
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert_close(actual[name], expected[name])
+    assert_like_the_slow_twin(plainly, drawn)
 
 
 @pytest.mark.parametrize("rank", [0, 3])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from numeric import BF16, assert_close
 from random_experts import Sizes, random_call, random_experts
-from test_fused_experts import KINDS, gradients, layers
+from test_fused_experts import KINDS, assert_like_the_slow_twin, layers
 from torch import Tensor
 
 from moefuse.errors import UserError
@@ -60,16 +60,7 @@ def triton_forward(module: FusedExperts, x_TD: Tensor, index_TK: Tensor, w_TK: T
 def test_outputs_and_gradients_are_those_of_the_slow_twin(
     drawn: tuple[Sizes, dict[str, Any], int],
 ) -> None:
-    sizes, options, seed = drawn
-    module = random_experts(sizes, seed=seed, may_be_empty=True, **options)
-    call = random_call(sizes, seed=seed)
-
-    expected = gradients(naive_forward, module, call)
-    actual = gradients(triton_forward, module, call)
-
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert_close(actual[name].cpu(), expected[name])
+    assert_like_the_slow_twin(triton_forward, drawn)
 
 
 @pytest.mark.parametrize("options", KINDS)

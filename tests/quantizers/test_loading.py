@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from running import write_text
-from tiny import save_tiny
+from students import student_of
 
-from moefuse.pipeline import fuse
 from moefuse.quantize import quantize
 
 LOADS = """
@@ -40,14 +38,7 @@ print(json.dumps({"base": type(base).__name__, "weight": type(base.weight).__nam
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantizers")
-    write_text(folder / "text.txt")
-    save_tiny(folder / "teacher", "deepseek_v2")
-    usual = {"tokens": 512, "sequence_length": 64, "batch_size": 4, "steps": 0}
-    fuse(
-        folder / "teacher",
-        folder / "student",
-        {"data": str(folder / "text.txt"), "groups": 3, "rank": 2, **usual},
-    )
+    student_of(folder, "deepseek_v2", groups=3, rank=2).rename(folder / "student")
     return folder
 
 

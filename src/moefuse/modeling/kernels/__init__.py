@@ -59,12 +59,13 @@ def offered(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> T
     why_not = obstacle(module, x_TD)
     if _setting == "triton" and why_not is not None:
         raise UserError(f"MOEFUSE_KERNELS is 'triton', but {why_not}.")
-    if why_not is not None or (_setting == "auto" and _wants_gradient(module, x_TD, weight_TK)):
+    wanted = _wants_gradients(module, x_TD, weight_TK)
+    if why_not is not None or (_setting == "auto" and wanted):
         return None
-    return triton_path.forward(module, x_TD, index_TK, weight_TK)
+    return triton_path.forward(module, x_TD, index_TK, weight_TK, with_gradients=wanted)
 
 
-def _wants_gradient(module: Any, *given: Tensor) -> bool:
+def _wants_gradients(module: Any, *given: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor.requires_grad for tensor in (*given, *module.parameters()))

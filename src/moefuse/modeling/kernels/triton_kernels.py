@@ -18,6 +18,7 @@ import triton.language as tl
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 CLAMPED = tl.constexpr(2)
+"""Gatings by number; the last is gpt-oss's."""
 
 
 @triton.jit
@@ -228,9 +229,9 @@ def _factor(b, expert, column, inside, height, RANK: tl.constexpr, FILLED: tl.co
 
 @triton.jit
 def _gated(gate, up, alpha, limit, GATING: tl.constexpr):
-    if GATING == 0:
+    if GATING == SILU:
         return gate * tl.sigmoid(gate) * up
-    if GATING == 1:
+    if GATING == GELU:
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
     gate = tl.minimum(gate, limit)
     up = tl.minimum(tl.maximum(up, -limit), limit)

@@ -1,4 +1,4 @@
-"""The fused experts by Triton: six kernels, no copy of the weights, no wait for the host.
+"""The fused experts by Triton: a few kernels, no copy of the weights, no wait for the host.
 
 A CUDA graph captures them after one call outside the capture. Gradients are those of the plain
 way, computed anew.
@@ -17,8 +17,7 @@ from moefuse.modeling.kernels import triton_kernels as kernels
 from moefuse.modeling.kernels.tiles import Product, Tiles, tiles_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SILU, GELU, CLAMPED = 0, 1, 2
-"""Gatings as the kernels number them."""
+SILU, GELU, CLAMPED = kernels.SILU.value, kernels.GELU.value, kernels.CLAMPED.value
 FEW = 256
 """Up to how many rows the deltas' inner rows are computed one by one."""
 MOST_COUNTED = 4096
@@ -358,9 +357,11 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *(next(found) if want else None for want in wanted)
 
 
-def forward(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+def forward(
+    module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, with_gradients: bool
+) -> Tensor:
     """Return the output of ``module``, (T, D), for which there is no ``obstacle``."""
-    weights = list(module.parameters())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, weight_TK, *weights)):
+    if with_gradients:
+        weights = module.parameters()
         return _WithGradients.apply(module, index_TK, x_TD, weight_TK, *weights)  # type: ignore[return-value]
     return _computed(module, x_TD, index_TK, weight_TK)
