@@ -14,9 +14,9 @@ from moefuse.modeling.modeling_moefuse import FusedExperts, PlainGating
 D, F, E, G, K = 24, 16, 12, 5, 3
 
 
-def fused(*, rank: int, scale: bool, bias: bool) -> FusedExperts:
+def fused(*, rank: int, **options: bool) -> FusedExperts:
     draw = torch.Generator().manual_seed(rank)
-    module = FusedExperts(D, F, E, G, rank, PlainGating(nn.functional.silu), scale=scale, bias=bias)
+    module = FusedExperts(D, F, E, G, rank, PlainGating(nn.functional.silu), **options)
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw) / 4
     module.group_of_expert.copy_(torch.randint(G, (E,), generator=draw))
@@ -46,11 +46,12 @@ def call(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [1, 17])
-@pytest.mark.parametrize(("rank", "scale", "bias"), [(0, False, False), (3, True, True)])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("options", [{}, {"scale": True, "bias": True}, {"down_bias": True}])
 def test_shares_sum_to_the_whole(
-    devices: int, tokens: int, rank: int, scale: bool, bias: bool
+    devices: int, tokens: int, rank: int, options: dict[str, bool]
 ) -> None:
-    module = fused(rank=rank, scale=scale, bias=bias)
+    module = fused(rank=rank, **options)
 
     outputs = [served(module, place, devices)(*call(tokens)) for place in range(devices)]
 
@@ -59,7 +60,7 @@ def test_shares_sum_to_the_whole(
 
 def test_neurons_that_cannot_be_split_are_told() -> None:
     with pytest.raises(ValueError, match="Experts of 16 neurons cannot be split over 3 devices;"):
-        served(fused(rank=2, scale=False, bias=False), 0, 3)
+        served(fused(rank=2), 0, 3)
 
 
 @pytest.mark.xdist_group("others")

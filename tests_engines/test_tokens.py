@@ -53,6 +53,7 @@ def generate(path: Path, tmp_path: Path, environment: dict[str, str], **options:
             ("bundled-2-bit", True, "others"),
             ("qwen3_moe", False, "others"),
             ("mixtral", True, "others"),
+            ("gpt_oss", True, "others"),
         )
     ],
 )

@@ -355,6 +355,8 @@ class Family:
     publish: tuple[tuple[str, str], ...] = ()
     """The same the other way: pairs on a module's name that give what published checkpoints say."""
 
+    unserved: str | None = None
+    """Why vLLM does not serve the family's students; None where it does."""
     gguf: Gguf | None = None
     """How llama.cpp runs the family; None where no file for it is written."""
 

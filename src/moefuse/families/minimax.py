@@ -32,6 +32,7 @@ FAMILY = Family(
     state=lightning_state,
     experts_scale=factor_under("mlp_beta_factor"),
     one_piece_a_row=True,
+    unserved="its linear attention is not run by vLLM's Transformers backend",
     disk_moe_name="block_sparse_moe",
     projections=("w1", "w3", "w2"),
     rename=((r"\.block_sparse_moe\.", ".mlp."),),

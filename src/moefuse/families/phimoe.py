@@ -15,6 +15,7 @@ FAMILY = Family(
     intermediate_key="intermediate_size",
     window=stated_window,
     router_name="router",
+    unserved="vLLM 0.32's Transformers backend stops in its first forward pass",
     disk_moe_name="block_sparse_moe",
     projections=("w1", "w3", "w2"),
     rename=((r"\.block_sparse_moe\.", ".mlp."), (r"\.mlp\.gate\.weight$", ".mlp.router.weight")),

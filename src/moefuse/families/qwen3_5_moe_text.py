@@ -36,6 +36,7 @@ FAMILY = Family(
     shared_experts=lambda config: 1,  # noqa: ARG005
     state=delta_net_state,
     one_piece_a_row=True,
+    unserved="its linear attention is not run by vLLM's Transformers backend",
     attention_names=("self_attn", "linear_attn"),
     unused=("mtp.", "model.visual."),
 )

@@ -108,7 +108,8 @@ class ServedExperts(OpaqueExperts):
     """One device's share of a ``FusedExperts``, whose tensors ``load_weights`` takes in.
 
     Parameters: ``gate_up`` (G, 2f, D), ``down`` (G, D, f), ``gate_up_a`` (E, R, D), ``gate_up_b``
-    (E, 2f, R), ``down_a`` (E, R, f), ``down_b`` (E, D, R), ``scale`` and ``bias`` (E, 2f).
+    (E, 2f, R), ``down_a`` (E, R, f), ``down_b`` (E, D, R), ``scale`` and ``bias`` (E, 2f),
+    ``down_bias`` (E, D).
     """
 
     group_of_expert: Tensor
@@ -153,6 +154,8 @@ class ServedExperts(OpaqueExperts):
             for name in ("scale", "bias")
             if getattr(fused, name) is not None
         }
+        if fused.down_bias is not None:
+            shapes["down_bias"] = (experts, hidden)
         for name, shape in shapes.items():
             room = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(room, requires_grad=False))
@@ -181,6 +184,10 @@ class ServedExperts(OpaqueExperts):
         y_ND = product(z_Nf, self.down, by_group)
         if hasattr(self, "down_a"):
             y_ND = y_ND + product(product(z_Nf, self.down_a, by_expert), self.down_b, by_expert)
+        # Devices' outputs are summed, so that one alone adds what no neuron is part of.
+        if hasattr(self, "down_bias") and self.rank == 0:
+            weight_N1 = top_k_weights.reshape(-1, 1)
+            y_ND = y_ND + (self.down_bias[expert_N] * weight_N1).to(y_ND.dtype)
         y_TD = y_ND.view(tokens, top_k, hidden).sum(1, dtype=torch.float32)
         return self.sum_over_devices(y_TD.to(hidden_states.dtype))
 

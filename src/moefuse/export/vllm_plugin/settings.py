@@ -4,6 +4,7 @@ from typing import Any
 
 from moefuse.errors import UserError
 from moefuse.export.assemble import FORMAT_VERSION
+from moefuse.families import all_families
 from moefuse.modeling.modeling_moefuse import MULTIPLEXED
 
 
@@ -25,6 +26,12 @@ class FusedSettings:
             raise UserError(
                 f"The config.json of {model_config.model} names a fused architecture but has no "
                 "moefuse block with layers; take it from the checkpoint that moefuse wrote."
+            )
+        family = all_families()[block["teacher_model_type"]]
+        if family.unserved is not None:
+            raise UserError(
+                f"{model_config.model} cannot be served by vLLM: it is of family "
+                f"{family.model_type}, and {family.unserved}."
             )
         if block.get("format") != FORMAT_VERSION:
             raise UserError(
