@@ -10,27 +10,31 @@ from layers import EXPERT, FAMILIES, D, E, K, layer_of, matrix_numbers, native_b
 from numeric import assert_close
 from torch import Tensor, nn
 
-from moefuse.baselines import Layer, TooSmallError, method, method_names, multiplex_halving
-from moefuse.baselines._multiplexing import ADAPTER_SHARE, MultiplexedExperts, MultiplexedGroup
+from moefuse.baselines import Layer, TooSmallError, method, method_names
 from moefuse.baselines._multiplexing_recipe import (
     Recipe,
     Size,
-    build,
     choose_size,
     coactivation,
-    equal_groups,
-    levelled_factors,
-    mean_cosine,
     multiplex,
     output_states,
-    sce_from_first,
-    slerp_from_first,
     student_numbers,
 )
 from moefuse.config import DistillConfig
 from moefuse.distillation.loop import distill_layer
+from moefuse.mathematics.clustering import equal_groups
 from moefuse.mathematics.losses import measure, power_of
 from moefuse.mathematics.merging import mean_merge
+from moefuse.mathematics.similarity import mean_cosine
+from moefuse.multiplexing.halving import halved, sce_of_pair
+from moefuse.multiplexing.recipe import (
+    Making,
+    build,
+    levelled_factors,
+    sce_from_first,
+    slerp_from_first,
+)
+from moefuse.multiplexing.student import ADAPTER_SHARE, MultiplexedExperts, MultiplexedGroup
 
 F = 16
 FAMILY = "qwen2_moe"
@@ -233,7 +237,7 @@ def test_every_family_is_fused(model_type: str) -> None:
     assert output(student, layer.call).isfinite().all()
 
 
-@pytest.mark.parametrize("adapters", ["mixture", "fused"])
+@pytest.mark.parametrize("adapters", ["mixture", "lora"])
 @pytest.mark.parametrize("experts", [3, 4, 6, 8])
 def test_bases_take_half_and_adapters_what_is_left(adapters: str, experts: int) -> None:
     layer, numbers = described(), experts * EXPERT
@@ -248,7 +252,7 @@ def test_bases_take_half_and_adapters_what_is_left(adapters: str, experts: int) 
     assert made == student_numbers(layer, size, adapters) <= numbers  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("adapters", ["mixture", "fused", None])
+@pytest.mark.parametrize("adapters", ["mixture", "lora", None])
 def test_the_smallest_budgets_leave_out_adapters_then_routing(adapters: str | None) -> None:
     def size(numbers: int) -> Size:
         return choose_size(described(), numbers, adapters)  # type: ignore[arg-type]
@@ -424,9 +428,9 @@ def test_a_single_halving_merges_pairs_untrained() -> None:
 def test_training_between_halvings_lowers_the_error() -> None:
     layer = described()
     power = power_of(layer.call)
-    untrained = build(layer, torch.arange(E), multiplex_halving.RECIPE, Size(2, 0, routed=True))
+    untrained = build(layer.experts, torch.arange(E), Making(sce_of_pair, None, 0), seed=0)
     for groups in (4, 2):
-        untrained = multiplex_halving.halved(untrained, layer.call.x_TD[:256], groups)
+        untrained = halved(untrained, layer.call.x_TD[:256], groups)
 
     student = student_of("multiplex-halving", 3)
 
@@ -438,7 +442,8 @@ def test_training_between_halvings_lowers_the_error() -> None:
 def test_halving_to_every_expert_is_the_teacher() -> None:
     layer = described()
 
-    student = build(layer, torch.arange(E), multiplex_halving.RECIPE, Size(E, 0, routed=False))
+    bare = Making(sce_of_pair, None, 0, routed=False)
+    student = build(layer.experts, torch.arange(E), bare, seed=0)
 
     assert_close(output(student, layer.call), layer.call.y_TD)
 

@@ -7,7 +7,8 @@ a group's input. All of the budget goes to bases.
 from torch import nn
 
 from moefuse.baselines import Layer
-from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex, slerp_from_first
+from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex
+from moefuse.multiplexing.recipe import slerp_from_first
 
 RECIPE = Recipe(slerp_from_first, coactivation, None)
 

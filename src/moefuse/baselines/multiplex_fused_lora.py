@@ -7,9 +7,10 @@ Its rank is gated, direction by direction, by a projection of the members' routi
 from torch import nn
 
 from moefuse.baselines import Layer
-from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex, slerp_from_first
+from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex
+from moefuse.multiplexing.recipe import slerp_from_first
 
-RECIPE = Recipe(slerp_from_first, coactivation, "fused")
+RECIPE = Recipe(slerp_from_first, coactivation, "lora")
 
 
 def compress(layer: Layer, numbers: int) -> nn.Module:

@@ -2,14 +2,15 @@
 
 Groups of equal size by co-activation, bases by multi-SLERP, a low-rank adapter for each member,
 mixed before the non-linearity by a softmax over the chosen members' routing weights, and a
-projection of those weights added to the input. See ``_multiplexing_recipe`` for what it does in
-full, for the table of its variants, and for which of them have other names here.
+projection of those weights added to the input. See ``_multiplexing_recipe`` for the table of
+its variants and their names here, and ``moefuse.multiplexing`` for what it does in full.
 """
 
 from torch import nn
 
 from moefuse.baselines import Layer
-from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex, slerp_from_first
+from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex
+from moefuse.multiplexing.recipe import slerp_from_first
 
 RECIPE = Recipe(slerp_from_first, coactivation, "mixture")
 

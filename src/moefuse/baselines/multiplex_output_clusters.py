@@ -7,12 +7,8 @@ place of how often they are chosen together. See ``multiplex_mixture_of_lora`` f
 from torch import nn
 
 from moefuse.baselines import Layer
-from moefuse.baselines._multiplexing_recipe import (
-    Recipe,
-    multiplex,
-    output_states,
-    slerp_from_first,
-)
+from moefuse.baselines._multiplexing_recipe import Recipe, multiplex, output_states
+from moefuse.multiplexing.recipe import slerp_from_first
 
 RECIPE = Recipe(slerp_from_first, output_states, "mixture")
 

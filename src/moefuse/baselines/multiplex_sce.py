@@ -6,7 +6,8 @@ See ``multiplex_mixture_of_lora`` for the rest, which is the same.
 from torch import nn
 
 from moefuse.baselines import Layer
-from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex, sce_from_first
+from moefuse.baselines._multiplexing_recipe import Recipe, coactivation, multiplex
+from moefuse.multiplexing.recipe import sce_from_first
 
 RECIPE = Recipe(sce_from_first, coactivation, "mixture")
 

@@ -42,3 +42,31 @@ def join_centres(affinity_EE: Tensor, centres: Tensor) -> Tensor:
 def strongest(mass_E: Tensor, groups: int) -> Tensor:
     """Return the ``groups`` experts of greatest routed mass, ties to the lower number."""
     return mass_E.sort(descending=True, stable=True).indices[:groups]
+
+
+def equal_groups(affinity_EE: Tensor, groups: int) -> Tensor:
+    """Divide experts into groups of equal size, or of sizes one apart, the most alike first.
+
+    A group starts at an expert of the most alike pair that is left and takes the expert most alike
+    to its members, summed, until it is full. Returns ``group_of_expert`` (E,) int64.
+    """
+    experts = len(affinity_EE)
+    alike_EE = affinity_EE.double().clone().fill_diagonal_(-torch.inf)
+    left_E = torch.ones(experts, dtype=torch.bool)
+    group_of_expert = torch.empty(experts, dtype=torch.int64)
+    for group in range(groups):
+        members: list[int] = []
+        for _ in range(experts // groups + (group < experts % groups)):
+            members.append(_next_member(alike_EE, left_E, members))
+            left_E[members[-1]] = False
+        group_of_expert[members] = group
+    return canonical(group_of_expert)
+
+
+def _next_member(alike_EE: Tensor, left_E: Tensor, members: list[int]) -> int:
+    if members:
+        score_E = alike_EE[members].sum(0)
+    else:
+        score_E = alike_EE.masked_fill(~left_E, -torch.inf).max(1).values
+    candidates = left_E.nonzero().flatten()
+    return int(candidates[score_E[candidates].argmax()])

@@ -1,17 +1,22 @@
 """How alike two experts are: by when they are chosen, by what they return, by their weights.
 
-Shape suffixes: E experts, S sampled tokens, D hidden width, F neurons.
+Shape suffixes: E experts, S sampled tokens, C of them at a time, D hidden width, F neurons.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from moefuse.mathematics.alignment import ExpertWeights, match_all
+from moefuse.mathematics.experts import Experts
 
 TINY = 1e-12
+STATE_TOKENS = 256
+"""Calibration tokens that outputs are compared on token by token, at most."""
+CHUNK = 32
+"""Tokens whose outputs of every expert are held at once."""
 
 
 def coactivation_affinity(coactivation_EE: Tensor) -> Tensor:
@@ -29,6 +34,32 @@ def output_affinity(outputs_ESD: Tensor) -> Tensor:
     flat = outputs_ESD.flatten(1).double()
     unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(TINY)
     return unit @ unit.T
+
+
+def output_states(experts: Experts, x_SD: Tensor) -> Tensor:
+    """Return the mean over tokens of the cosine of two experts' outputs, (E, E) fp64.
+
+    ``x_SD`` fp32 are the tokens; more than ``STATE_TOKENS`` are not looked at.
+    """
+    count = len(experts.gate_up_EFD)
+
+    def run(x_CD: Tensor) -> Tensor:
+        return torch.stack([experts.run(expert, x_CD) for expert in range(count)])
+
+    return mean_cosine(run, x_SD[:STATE_TOKENS])
+
+
+def mean_cosine(run: Callable[[Tensor], Tensor], x_SD: Tensor) -> Tensor:
+    """Return the mean over tokens of the cosine of every two outputs, fp64 on the CPU.
+
+    ``run`` maps tokens (C, D) to all outputs for them, (E, C, D).
+    """
+    total_EE = 0.0
+    for x_CD in x_SD.split(CHUNK):
+        output_ECD = run(x_CD).double()
+        unit_ECD = output_ECD / output_ECD.norm(dim=-1, keepdim=True).clamp_min(TINY)
+        total_EE = total_EE + torch.einsum("ecd,fcd->ef", unit_ECD, unit_ECD)
+    return torch.as_tensor(total_EE / len(x_SD)).cpu()
 
 
 def mean_output_affinity(mean_output_ED: Tensor) -> Tensor:

@@ -122,10 +122,14 @@ class MultiplexedGroup(nn.Module):
         self.up_proj.rescale(x_PD, s_PM)
         self.down_proj.rescale(self._neurons(x_PD, s_PM), s_PM)
 
+    def linears(self) -> tuple[AdaptedLinear, AdaptedLinear, AdaptedLinear]:
+        """Return gate, up and down."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
     def active_numbers(self) -> tuple[int, int]:
         """Return the numbers that any token passes here, and those more for each chosen member."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        adapters = (linear.adapter for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        adapters = (linear.adapter for linear in self.linears())
         own = 0 if self.routing is None else self.routing.numel()
         for adapter in adapters:
             if adapter is not None:
