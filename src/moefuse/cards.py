@@ -87,18 +87,20 @@ def student_record(
     *,
     calibrated: Text,
     distilled: Distilled,
+    multiplexed: str | None = None,
     measured: Measured | None = None,
     unmeasured: str | None = None,
 ) -> CardRecord:
     """Return what there is to tell of a student called ``name`` that nothing has healed yet.
 
+    ``multiplexed`` says how experts were multiplexed, where they were.
     ``unmeasured`` says in a sentence why there is no ``measured``.
     """
     shape, experts = sizes.shape, sizes.expert_parameters * sizes.itemsize
     return CardRecord(
         name=name,
         base=original_of(reader),
-        form=_form(sizes, plan),
+        form=replace(_form(sizes, plan), multiplexed=multiplexed),
         original=Size(
             parameters=sizes.parameters,
             active_parameters=sizes.outside

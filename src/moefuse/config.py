@@ -15,7 +15,11 @@ import yaml
 
 from moefuse.errors import UserError
 
-GROUPINGS = ("coactivation", "output", "weight", "hierarchical", "dominant")
+GROUPINGS = ("coactivation", "output", "weight", "hierarchical", "dominant", "state", "topk")
+MULTIPLEXED_GROUPINGS = ("coactivation", "state", "topk")
+"""Those that the release of 2025 has words for, which ``--form multiplexed`` is made by."""
+MERGES = ("slerp", "sce", "mean", "greedy")
+MIXTURES = ("mixture", "lora")
 BASES = ("auto", "mean", "neurons")
 DELTA_KINDS = ("low_rank",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -75,7 +79,8 @@ INPUTS = ("auto", "teacher", "student")
 PRECISIONS = ("float32", "bfloat16")
 BITS = ("auto", "1", "2", "4", "16")
 SPREADS = ("model", "layer")
-FORMS = ("auto", "low-rank", "neurons")
+MULTIPLEXED = "multiplexed"
+FORMS = ("auto", "low-rank", "neurons", MULTIPLEXED)
 BUDGETS = ("params", "bytes", "expert_bits")
 """Settings that each say how large the student may be; at most one is given."""
 
@@ -113,9 +118,16 @@ class SizeConfig:
     form: str = setting(
         "auto",
         "What experts become: low-rank, shared bases and low-rank deltas; neurons, own neurons at "
-        "unequal bits and a few shared ones; auto, neurons where a budget is given without "
-        "--groups or --rank.",
+        "unequal bits and a few shared ones; multiplexed, the recipe of the checkpoints published "
+        "in 2025, for comparison; auto, neurons where a budget is given without --groups or "
+        "--rank.",
         choices=FORMS,
+    )
+    mixture: str | None = setting(
+        None,
+        "Adapters of --form multiplexed: mixture, one for every member of a group; lora, one for a "
+        "group, which members mask. [default: mixture]",
+        choices=MIXTURES,
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +141,9 @@ class SizeConfig:
                 f"{flag_of(of_bases[0])} is for shared bases and deltas; leave it out with "
                 "--form neurons."
             )
-        if self.form != "low-rank" and not of_bases:
+        if self.mixture is not None and self.form != MULTIPLEXED:
+            raise UserError("--mixture is for adapters of --form multiplexed; add that form.")
+        if self.form not in ("low-rank", MULTIPLEXED) and not of_bases:
             return
         of_neurons = [
             declared.name
@@ -138,7 +152,7 @@ class SizeConfig:
             and getattr(self, declared.name) != declared.default
         ]
         if of_neurons:
-            other = flag_of(of_bases[0]) if of_bases else "--form low-rank"
+            other = flag_of(of_bases[0]) if of_bases else f"--form {self.form}"
             raise UserError(
                 f"{flag_of(of_neurons[0])} is for own neurons; leave out either it or {other}."
             )
@@ -165,7 +179,10 @@ class GroupConfig:
     """How experts are put into groups."""
 
     grouping: str = setting(
-        "dominant", f"How experts are grouped: {', '.join(GROUPINGS)}.", choices=GROUPINGS
+        "auto",
+        f"How experts are grouped: {', '.join(GROUPINGS)}; auto, dominant, or with --form "
+        "multiplexed coactivation.",
+        choices=("auto", *GROUPINGS),
     )
 
 
@@ -188,12 +205,66 @@ class FactorConfig:
     )
     scale: bool = setting(True, "Give every expert a scale per neuron.")
     bias: bool = setting(False, "Give every expert a bias per neuron.")
+    merge: str | None = setting(
+        None,
+        "What bases of --form multiplexed are of their members, neurons not matched: slerp, their "
+        "mean on the sphere around the first; sce, select, calculate, erase; mean; greedy, the "
+        "mean of those only that lower the error. [default: slerp, or sce with --progressive]",
+        choices=MERGES,
+    )
+    progressive: bool = setting(
+        False,
+        "Halve the groups of --form multiplexed again and again, and train in between.",
+    )
 
     def __post_init__(self) -> None:
         if self.base == "neurons" and not self.scale:
             raise UserError(
                 "--base neurons needs scales; leave out --no-scale or choose --base mean."
             )
+
+    def merge_of(self) -> str:
+        """Return the merge of ``--form multiplexed``: the one asked for, or its default."""
+        return self.merge or ("sce" if self.progressive else "slerp")
+
+
+def settled_grouping(size: SizeConfig, group: GroupConfig) -> GroupConfig:
+    """Return the settings with the way of grouping that ``auto`` means for a form."""
+    if group.grouping != "auto":
+        return group
+    usual = "coactivation" if size.form == MULTIPLEXED else "dominant"
+    return dataclasses.replace(group, grouping=usual)
+
+
+def check_form(size: SizeConfig, group: GroupConfig, factor: FactorConfig) -> None:
+    """Raise ``UserError`` for settings of one form that are given with another."""
+    if size.form != MULTIPLEXED:
+        for name in ("merge", "progressive"):
+            if getattr(factor, name):
+                raise UserError(f"{flag_of(name)} is for --form multiplexed; add that form.")
+        return
+    for declared in dataclasses.fields(factor):
+        kept = declared.name in ("fit_tokens", "merge", "progressive")
+        if not kept and getattr(factor, declared.name) != declared.default:
+            raise UserError(
+                f"{flag_of(declared.name)} is for shared bases and low-rank deltas; leave it out "
+                "with --form multiplexed."
+            )
+    if group.grouping not in ("auto", *MULTIPLEXED_GROUPINGS):
+        raise UserError(
+            f"--grouping {group.grouping} is not of the recipe of --form multiplexed; choose from "
+            f"{', '.join(MULTIPLEXED_GROUPINGS)}."
+        )
+    if factor.progressive and group.grouping not in ("auto", "state"):
+        raise UserError(
+            f"--progressive pairs bases by their outputs and not by {group.grouping}; leave "
+            "--grouping out."
+        )
+    if factor.progressive and factor.merge == "greedy":
+        raise UserError(
+            "--merge greedy would drop members that --progressive is to pair; choose slerp, sce or "
+            "mean."
+        )
 
 
 @dataclass(frozen=True)

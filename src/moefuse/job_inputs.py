@@ -17,6 +17,7 @@ from moefuse.calibration.collect import Batch
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.config import (
+    MULTIPLEXED,
     AssembleConfig,
     CalibrateConfig,
     ComputeConfig,
@@ -26,7 +27,9 @@ from moefuse.config import (
     MeasureConfig,
     SizeConfig,
     build,
+    check_form,
     parse_bytes,
+    settled_grouping,
 )
 from moefuse.devices import choose_device, choose_dtype, stored_dtype
 from moefuse.errors import UserError
@@ -68,8 +71,10 @@ class JobInputs:
         self.compute = build(ComputeConfig, values)
         self.calibration = build(CalibrateConfig, values)
         self.size = build(SizeConfig, values)
-        self.grouping = build(GroupConfig, values)
         self.factoring = build(FactorConfig, values)
+        grouping = build(GroupConfig, values)
+        check_form(self.size, grouping, self.factoring)
+        self.grouping = settled_grouping(self.size, grouping)
         self.distillation = build(DistillConfig, values)
         self.assembling = build(AssembleConfig, values)
         self.measuring = build(MeasureConfig, values)
@@ -106,6 +111,11 @@ class JobInputs:
     def uses_neurons(self) -> bool:
         """Whether experts become own neurons at unequal bits, or bases and low-rank deltas."""
         return uses_neurons(self.size)
+
+    @property
+    def is_multiplexed(self) -> bool:
+        """Whether experts become those of the release of 2025."""
+        return self.size.form == MULTIPLEXED
 
     @cached_property
     def sizes(self) -> Teacher:

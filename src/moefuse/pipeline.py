@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +44,7 @@ from moefuse.evaluation.streamed import HeldOut
 from moefuse.export.assemble import assemble
 from moefuse.fusion.choose import factor
 from moefuse.fusion.keep import Kept, keep
+from moefuse.fusion.multiplex import multiplex
 from moefuse.fusion.neurons import importance
 from moefuse.fusion.plan import expert_budget, settled_plan
 from moefuse.fusion.plan_neurons import choices_of
@@ -51,6 +52,7 @@ from moefuse.grouping.assign import BY_WEIGHTS, group_layer
 from moefuse.job_inputs import JobInputs
 from moefuse.mathematics.experts import Experts, ExpertsCall, Gating
 from moefuse.mathematics.losses import measure, power_of
+from moefuse.mathematics.similarity import STATE_TOKENS
 from moefuse.measuring import UNMEASURED, measure_student
 from moefuse.modeling.modeling_moefuse import gating_of
 from moefuse.modeling.training import TrainedNeuronExperts
@@ -168,7 +170,10 @@ class Job(JobInputs):
     def groups_directory(self) -> Path:
         """Where grouping leaves its artifacts."""
         groups = [layer.groups for layer in self.plan.layers.values()]
-        return self._directory("groups", self.store.directory.name, groups, asdict(self.grouping))
+        settings = [groups, asdict(self.grouping)]
+        if self.is_multiplexed:
+            settings.append([self.size.form, self.factoring.progressive])
+        return self._directory("groups", self.store.directory.name, *settings)
 
     @property
     def _sensitivity_batches(self) -> int:
@@ -218,9 +223,10 @@ class Job(JobInputs):
             settings = [budget, shared, asdict(self.factoring)]
             return self._directory("factors", self.energies_directory.name, *settings)
         layers = [asdict(layer) for layer in self.plan.layers.values()]
-        return self._directory(
-            "factors", self.groups_directory.name, layers, asdict(self.factoring)
-        )
+        settings = [layers, asdict(self.factoring)]
+        if self.is_multiplexed:
+            settings.append(self.compute.seed)
+        return self._directory("factors", self.groups_directory.name, *settings)
 
     @cached_property
     def distilled_directory(self) -> Path:
@@ -353,12 +359,21 @@ class Job(JobInputs):
             stage.make(layer, apart / path.name)
 
     def _group(self, layer: int, path: Path) -> None:
-        needed = self.grouping.grouping in BY_WEIGHTS
+        statistics = self._calibrated(layer)
+        if self.factoring.progressive:
+            # Halving starts here and pairs by what is left of the experts then.
+            artifacts.write_json(path, list(range(self.reader.shape.experts)))
+            return
+        by_weights = self.grouping.grouping in BY_WEIGHTS
         groups = group_layer(
-            self._calibrated(layer),
-            self.experts(layer) if needed else None,
+            statistics,
+            self.experts(layer) if by_weights else None,
             self.plan.layers[layer].groups,
             self.grouping.grouping,
+            x_SD=self.store.sample(layer, STATE_TOKENS).to(self.device).x_TD
+            if by_weights
+            else None,
+            multiplexed=self.is_multiplexed,
         )
         artifacts.write_json(path, groups.tolist())
 
@@ -381,7 +396,8 @@ class Job(JobInputs):
             return
         groups = self._artifact(self.groups_directory, layer, "json", "group")
         statistics = self._calibrated(layer)
-        factored = factor(
+        make = partial(multiplex, seed=self._seed(layer)) if self.is_multiplexed else factor
+        factored = make(
             self.experts(layer),
             statistics,
             self.store.sample(layer, self.factoring.fit_tokens + JUDGE_TOKENS).to(self.device),
@@ -482,7 +498,7 @@ class Job(JobInputs):
             student,
             call,
             self.distillation,
-            seed=self.compute.seed + layer,
+            seed=self._seed(layer),
             progress=lambda steps: track(steps, f"Distil layer {layer}"),
             metric_root_DD=self.metric_root(layer),
         )
@@ -493,6 +509,9 @@ class Job(JobInputs):
         if isinstance(student, TrainedNeuronExperts):
             student = student.packed()
         artifacts.write_tensors(path, student.state_dict())
+
+    def _seed(self, layer: int) -> int:
+        return self.compute.seed + layer
 
     def suited_threads(self) -> AbstractContextManager[None]:
         """Use as many CPU threads as this teacher's layers are worth."""
@@ -536,9 +555,19 @@ class Job(JobInputs):
                 sequence_length=self.calibration.sequence_length,
             ),
             distilled=Distilled(self.distillation.steps if has_steps else 0, errors),
+            multiplexed=self._multiplexed_words() if self.is_multiplexed else None,
             measured=measured,
             unmeasured=UNMEASURED if measured is None else None,
         )
+
+    def _multiplexed_words(self) -> str:
+        """Say by which words of the release of 2025 the student was made."""
+        merge = self.factoring.merge_of()
+        if self.factoring.progressive:
+            grouped = f"halved again and again by outputs with merge {merge}"
+        else:
+            grouped = f"grouping {self.grouping.grouping}, merge {merge}"
+        return f"{grouped}, adapters {self.size.mixture or 'mixture'}"
 
     def measure(self, directory: Path | None = None) -> Measured | None:
         """Measure the student in ``directory`` against the teacher on the held-out text.

@@ -16,9 +16,11 @@ from moefuse.config import (
     ComputeConfig,
     DistillConfig,
     FactorConfig,
+    GroupConfig,
     MemoryConfig,
     SizeConfig,
     build,
+    check_form,
     flag_of,
     parse_bytes,
 )
@@ -123,7 +125,7 @@ def plan_checkpoint(
     ``context``, ``tokens``, ...). Raises ``UserError`` for a size that cannot be had.
     """
     headers, family, teacher = _headers_of(checkpoint, revision)
-    size, factor = build(SizeConfig, values), build(FactorConfig, values)
+    size, factor = _wishes(values)
     serving = _serving(headers, family, values)
     if serving is None:
         plan = make_plan(teacher, size, factor)
@@ -154,12 +156,18 @@ def with_quality(
     """Add what the grid in ``scaling`` (see ``read_experience``) foretells of a plan's quality.
 
     ``tokens`` are those to heal on, None for the most that were measured. Raises ``UserError`` for
-    a student of own neurons, which no grid measures; where the teacher fits nothing is foretold.
+    a student of own neurons or a multiplexed one, which no grid measures; where the teacher fits
+    nothing is foretold.
     """
     experience = read_experience(scaling)
     if planned.plan is None:
         return planned
     layer = next(iter(planned.plan.layers.values()))
+    if layer.is_multiplexed:
+        raise UserError(
+            "--scaling foretells students of shared bases and deltas; leave it out with --form "
+            "multiplexed."
+        )
     if layer.neurons is not None:
         raise UserError(
             "--scaling foretells students of shared bases and deltas, and a budget alone chooses "
@@ -188,9 +196,16 @@ def plan_common_sizes(
     serving = _serving(headers, family, values)
     assert serving is not None
     needs = running_needs(headers.config, family, serving)
-    size, factor = build(SizeConfig, values), build(FactorConfig, values)
+    size, factor = _wishes(values)
     fits = (_fit(teacher, vram * 10**9, needs, size, factor) for vram in COMMON_VRAM)
     return CommonSizes(str(checkpoint), serving, tuple(fits))
+
+
+def _wishes(values: Mapping[str, Any]) -> tuple[SizeConfig, FactorConfig]:
+    """Return what is asked of the student; raises ``UserError`` for settings of another form."""
+    size, factor = build(SizeConfig, values), build(FactorConfig, values)
+    check_form(size, build(GroupConfig, values), factor)
+    return size, factor
 
 
 def _headers_of(
@@ -411,6 +426,9 @@ def _runs(plan: Plan) -> dict[str, str]:
 
 
 def _layer_words(layer: LayerPlan) -> str:
+    if layer.is_multiplexed:
+        kind = layer.delta.removeprefix("multiplexed_")
+        return f"{layer.groups} multiplexed experts, adapters ({kind}) of rank {layer.rank}"
     if layer.neurons is None:
         return f"{layer.groups} fused experts, deltas of rank {layer.rank}"
     own = ", ".join(

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from moefuse.families import MoeShape
 from moefuse.mathematics.experts import Experts, Gating
-from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts, PlainGating
+from moefuse.modeling.modeling_moefuse import (
+    MULTIPLEXED,
+    FusedExperts,
+    MultiplexedExperts,
+    NeuronExperts,
+    PlainGating,
+)
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,8 @@ class LayerPlan:
     """What the routed experts of one layer become; the entry of ``config.json``'s moefuse block.
 
     Either ``groups`` bases and deltas of ``rank``, or, where ``neurons`` is given, ``neurons`` own
-    neurons by their bits and ``shared`` shared ones.
+    neurons by their bits and ``shared`` shared ones. Where ``delta`` is a kind in ``MULTIPLEXED``,
+    deltas are adapters that are mixed before the non-linearity.
     """
 
     groups: int = 0
@@ -30,6 +37,11 @@ class LayerPlan:
     gain_bits: str = "16"
     widest: int | None = None
     """Own neurons that as many experts as a token chooses have together at most, where known."""
+
+    @property
+    def is_multiplexed(self) -> bool:
+        """Whether experts are mixed before the non-linearity, as in the checkpoints of 2025."""
+        return self.delta in MULTIPLEXED
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,12 @@ class Plan:
         return asdict(self)
 
 
-def maximum_rank(shape: MoeShape) -> int:
-    """Return the rank at which deltas of the stacked gate and up can be anything."""
-    return min(shape.hidden, 2 * shape.intermediate)
+def maximum_rank(shape: MoeShape, *, multiplexed: bool = False) -> int:
+    """Return the rank at which deltas of the stacked gate and up can be anything.
+
+    Gate and up of ``multiplexed`` experts have adapters of their own.
+    """
+    return min(shape.hidden, (1 if multiplexed else 2) * shape.intermediate)
 
 
 def make_experts(
@@ -83,18 +98,25 @@ def make_experts(
                 shape.hidden, shape.experts, plan, gating, biased=shape.biased
             )
     with torch.device(device):
-        return FusedExperts(
-            shape.hidden,
-            shape.intermediate,
-            shape.experts,
-            plan.groups,
-            plan.rank,
-            gating,
-            delta=plan.delta,
-            scale=plan.scale,
-            bias=plan.bias or shape.biased,
-            down_bias=shape.biased,
+        return _make_fused(
+            shape.hidden, shape.intermediate, shape.experts, plan, gating, biased=shape.biased
         )
+
+
+def _make_fused(
+    hidden: int, intermediate: int, experts: int, plan: LayerPlan, gating: Gating, *, biased: bool
+) -> FusedExperts:
+    sizes = hidden, intermediate, experts, plan.groups, plan.rank
+    if plan.is_multiplexed:
+        return MultiplexedExperts(*sizes, gating, kind=plan.delta)
+    return FusedExperts(
+        *sizes,
+        gating,
+        delta=plan.delta,
+        scale=plan.scale,
+        bias=plan.bias or biased,
+        down_bias=biased,
+    )
 
 
 def make_neuron_experts(
@@ -116,19 +138,14 @@ def make_neuron_experts(
 def load_experts(state: dict[str, Tensor], experts: Experts, plan: LayerPlan) -> FusedExperts:
     """Make the fused module that takes the place of ``experts``, with the weights of ``state``."""
     count, double_intermediate, hidden = experts.gate_up_EFD.shape
-    biased = experts.biases is not None
     with torch.device("meta"):
-        module = FusedExperts(
+        module = _make_fused(
             hidden,
             double_intermediate // 2,
             count,
-            plan.groups,
-            plan.rank,
+            plan,
             experts.gating,
-            delta=plan.delta,
-            scale=plan.scale,
-            bias=plan.bias or biased,
-            down_bias=biased,
+            biased=experts.biases is not None,
         )
     module.load_state_dict(state, assign=True)
     return module
@@ -169,5 +186,7 @@ def active_parameters(shape: MoeShape, plan: LayerPlan) -> int:
         most = most if plan.widest is None else plan.widest
         return neuron * (most + plan.shared) + shape.top_k * plan.shared + biases
     base = 3 * shape.hidden * shape.intermediate
+    if plan.delta == "multiplexed_lora":
+        base += 3 * plan.rank * (shape.hidden + shape.intermediate)
     per_expert = (layer_parameters(shape, plan) - plan.groups * base) // shape.experts
     return min(shape.top_k, plan.groups) * base + shape.top_k * per_expert

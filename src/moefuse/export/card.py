@@ -44,7 +44,7 @@ def render_card(record: CardRecord) -> str:
         "## Quality",
         *_quality(record),
         "## How to load it",
-        _loading(record.name),
+        _loading(record.name, record.form),
         "## Limits",
         _bullets(_limits(record)),
         "## Licence",
@@ -121,6 +121,12 @@ def _introduction(record: CardRecord) -> str:
 def _made(original: str, form: Form) -> str:
     """Say in one sentence what became of the routed experts."""
     start = f"{original} with the {form.experts} routed experts of each layer"
+    if form.multiplexed is not None:
+        return (
+            f"{start} multiplexed by moefuse into {form.groups} fused experts (G) with adapters of "
+            f"rank {form.rank} (R) that are mixed before the non-linearity, the recipe of "
+            "checkpoints published in 2025."
+        )
     if form.neurons is None:
         return (
             f"{start} fused into {form.groups} shared base experts (G) plus one delta of rank "
@@ -165,6 +171,11 @@ def _making(record: CardRecord) -> list[str]:
 
 
 def _method(form: Form) -> str:
+    if form.multiplexed is not None:
+        return (
+            f"the recipe of 2025 in the form multiplexed, G = {form.groups} groups a layer, rank R "
+            f"= {form.rank}; {form.multiplexed}"
+        )
     if form.neurons is None:
         return (
             f"shared bases and low-rank deltas, G = {form.groups} bases a layer, each delta of "
@@ -276,7 +287,19 @@ def _number(value: float) -> str:
 # How to use it, and when not.
 
 
-def _loading(name: str) -> str:
+def _loading(name: str, form: Form) -> str:
+    rows = ["Transformers, moefuse | as above"]
+    if form.multiplexed is None:
+        rows += [
+            f"vLLM | `vllm serve {name} --trust-remote-code`; with moefuse beside it, `vllm serve "
+            f"{name}`",
+            "llama.cpp | `moefuse collapse` or `moefuse expand`, then `moefuse export gguf`",
+            "ExLlama, other engines | `moefuse collapse` or `moefuse expand`; not yet tested",
+            f"quantisers | `moefuse quantize {name} OUT`, or your own configuration",
+        ]
+    else:
+        rows += ["others | cannot: no ordinary experts compute what this form does"]
+    engines = "\n".join(f"| {row} |" for row in rows)
     return f"""\
 Transformers, without moefuse:
 
@@ -300,11 +323,7 @@ model = moefuse.load("{name}")
 
 | engine | how |
 |---|---|
-| Transformers, moefuse | as above |
-| vLLM | `vllm serve {name} --trust-remote-code`; with moefuse beside it, `vllm serve {name}` |
-| llama.cpp | `moefuse collapse` or `moefuse expand`, then `moefuse export gguf` |
-| ExLlama, other engines | `moefuse collapse` or `moefuse expand`; not yet tested |
-| quantisers | `moefuse quantize {name} OUT`, or your own configuration |"""
+{engines}"""
 
 
 def _limits(record: CardRecord) -> list[str]:

@@ -41,7 +41,8 @@ class Form:
     """What became of the routed experts: shared bases with deltas, or own neurons.
 
     ``experts`` a layer of the original has, of which a token chooses ``top_k``, in ``layers``
-    layers. Of bases: ``groups`` (G) and ``rank`` (R). Of own neurons: how many of all layers there
+    layers. Of bases: ``groups`` (G) and ``rank`` (R); ``multiplexed`` says by which words of the
+    release of 2025 they were made, where they were. Of own neurons: how many of all layers there
     are by their bits, the most that a layer ``shared`` among its experts, the share ``kept`` (0 to
     1), the ``mean_bits`` of a number, the share of ``energy_lost`` and the planner's ``advice``.
     """
@@ -51,6 +52,7 @@ class Form:
     layers: int
     groups: int | None = None
     rank: int | None = None
+    multiplexed: str | None = None
     neurons: dict[str, int] | None = None
     shared: int = 0
     kept: float | None = None

@@ -51,8 +51,9 @@ class StudentReader(CheckpointReader):
         config = plain_config(headers.config, family)
         if any(plan["delta"] in MULTIPLEXED for plan in block["layers"].values()):
             raise UserError(
-                f"{directory} was imported from an older layout, which mixes its members before "
-                "the non-linearity: no ordinary experts compute that, so it has no plain form."
+                f"{directory} has multiplexed experts (imported from the layout of 2025, or fused "
+                "by --form multiplexed), which are mixed before the non-linearity: no ordinary "
+                "experts compute that, so it has no plain form."
             )
         plans = {int(layer): LayerPlan(**plan) for layer, plan in block["layers"].items()}
         shape = family.shape(config)

@@ -63,7 +63,7 @@ def factor(
         if options.bias:
             zeros = {"dtype": torch.float32, "device": experts.gate_up_EFD.device}
             state.setdefault("bias", torch.zeros(experts.gate_up_EFD.shape[:2], **zeros))
-        tried.append(_judged(state, base, experts, plan, judge))
+        tried.append(judged(state, base, experts, plan, judge))
     return min(tried, key=lambda factored: factored.error)
 
 
@@ -134,8 +134,9 @@ def _mean(
     )
 
 
-def _judged(
+def judged(
     state: dict[str, Tensor], base: str, experts: Experts, plan: LayerPlan, judge: ExpertsCall
 ) -> Factored:
+    """Return what was made of a layer with its relative error on the tokens of ``judge``."""
     student = load_experts(state, experts, plan)
     return Factored(state, base, measure(student, judge, power_of(judge), JUDGED_AT_ONCE))

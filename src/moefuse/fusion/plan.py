@@ -15,6 +15,7 @@ from torch import Tensor
 from moefuse.checkpoint.headers import TensorInfo
 from moefuse.config import (
     BUDGETS,
+    MULTIPLEXED,
     CalibrateConfig,
     DistillConfig,
     FactorConfig,
@@ -47,6 +48,8 @@ from moefuse.sizes import (
 BASE_SHARE = 0.5
 """Share of the experts' budget that goes to bases when only a budget is given."""
 REACHED_SHARE = 0.2
+GROUP_COPIES = 4
+"""Copies in fp32 of a group's experts that making it holds: members, differences, factors."""
 READ_BYTES_PER_SECOND = 1e9
 READ_BUFFER_BYTES = 256_000_000
 RUNTIME_BYTES = 600_000_000
@@ -137,8 +140,14 @@ def make_plan(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Plan:
         layers, lost = forecast(teacher.shape, budget, size, teacher.itemsize)
         return counted(teacher, layers, lost)
     groups, rank = _choose(teacher, size, factor)
-    layer = LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
-    return _counted(teacher, layer)
+    return _counted(teacher, _layer_of(groups, rank, size, factor))
+
+
+def _layer_of(groups: int, rank: int, size: SizeConfig, factor: FactorConfig) -> LayerPlan:
+    """Return what a layer with so many bases becomes in the form that is asked for."""
+    if size.form == MULTIPLEXED:
+        return LayerPlan(groups, rank, delta=f"multiplexed_{size.mixture or 'mixture'}")
+    return LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
 
 
 def expert_budget(teacher: Teacher, size: SizeConfig) -> int:
@@ -209,17 +218,7 @@ def _counted(teacher: Teacher, layer: LayerPlan) -> Plan:
 
 
 def _choose(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Choice:
-    if size.groups is not None and size.groups > teacher.shape.experts:
-        raise UserError(
-            f"--groups is {size.groups}, but a layer has only {teacher.shape.experts} experts; "
-            "fused experts cannot be more than the experts they are made from."
-        )
-    if size.rank is not None and size.rank > maximum_rank(teacher.shape):
-        raise UserError(
-            f"--rank is {size.rank}, but no delta of this model can have a rank above "
-            f"{maximum_rank(teacher.shape)} (the lesser of the hidden width and twice the expert "
-            "width)."
-        )
+    _check_choice(teacher.shape, size)
     limit = _limit(size)
     if limit is None:
         if size.groups is None:
@@ -229,6 +228,28 @@ def _choose(teacher: Teacher, size: SizeConfig, factor: FactorConfig) -> Choice:
         rank = default_rank(teacher.shape) if size.rank is None else size.rank
         return size.groups, rank
     return _fit(teacher, size, factor, limit)
+
+
+def _check_choice(shape: MoeShape, size: SizeConfig) -> None:
+    """Raise ``UserError`` where no student of bases can be what is asked for."""
+    multiplexed = size.form == MULTIPLEXED
+    if size.groups is not None and size.groups > shape.experts:
+        raise UserError(
+            f"--groups is {size.groups}, but a layer has only {shape.experts} experts; "
+            "fused experts cannot be more than the experts they are made from."
+        )
+    if multiplexed and shape.biased:
+        raise UserError(
+            "This model's experts have biases, which --form multiplexed has no place for; choose "
+            "another form."
+        )
+    most = maximum_rank(shape, multiplexed=multiplexed)
+    if size.rank is not None and size.rank > most:
+        width = "the expert width" if multiplexed else "twice the expert width"
+        raise UserError(
+            f"--rank is {size.rank}, but no delta of this model can have a rank above {most} (the "
+            f"lesser of the hidden width and {width})."
+        )
 
 
 def default_rank(shape: MoeShape) -> int:
@@ -258,8 +279,7 @@ def _fit(teacher: Teacher, size: SizeConfig, factor: FactorConfig, budget: _Budg
     """Fill the budget: first the groups, then the highest rank that still fits."""
 
     def counted(groups: int, rank: int) -> Plan:
-        layer = LayerPlan(groups, rank, scale=factor.scale, bias=factor.bias)
-        return _counted(teacher, layer)
+        return _counted(teacher, _layer_of(groups, rank, size, factor))
 
     def fits(groups: int, rank: int) -> bool:
         return budget.measure(counted(groups, rank)) <= budget.amount
@@ -279,7 +299,8 @@ def _fit(teacher: Teacher, size: SizeConfig, factor: FactorConfig, budget: _Budg
         groups = size.groups or _largest(lambda g: fits(g, size.rank or 0), 1, experts)
         return groups, size.rank
     groups = size.groups or _balanced_groups(fits, teacher)
-    return groups, _largest(lambda rank: fits(groups, rank), 0, maximum_rank(teacher.shape))
+    most = maximum_rank(teacher.shape, multiplexed=size.form == MULTIPLEXED)
+    return groups, _largest(lambda rank: fits(groups, rank), 0, most)
 
 
 def _balanced_groups(fits: Callable[[int, int], bool], teacher: Teacher) -> int:
@@ -370,9 +391,17 @@ def _felt_tokens(plan: Plan, calibrate: CalibrateConfig, distill: DistillConfig)
 def fitting_bytes(teacher: Teacher, plan: Plan, factor: FactorConfig) -> int:
     """Estimate what fitting a layer's bases holds: its experts as they are stored, the bases, their
     features on the tokens fitted to and the square matrix of these, and the down projections that
-    are solved for, before and after."""
+    are solved for, before and after. Of multiplexed experts: the student, what is made of one of
+    its groups, the calibration tokens; halving trains half of the experts."""
     shape = teacher.shape
     experts = shape.layer_numbers
+    if any(layer.is_multiplexed for layer in plan.layers.values()):
+        student = plan.expert_parameters // len(plan.layers)
+        members = -(-shape.experts // max(min(x.groups for x in plan.layers.values()), 1))
+        making = student + GROUP_COPIES * members * experts // shape.experts
+        making += 2 * factor.fit_tokens * (shape.hidden + shape.experts)
+        halving = 3 * experts if factor.progressive else 0
+        return experts * teacher.itemsize + 4 * max(making, student + halving)
     widest = max(max(layer.groups, 1) for layer in plan.layers.values()) * shape.intermediate
     bases = 3 * widest * shape.hidden
     fitting = 2 * factor.fit_tokens * widest + widest**2 + 3 * widest * shape.hidden

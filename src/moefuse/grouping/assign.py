@@ -6,10 +6,17 @@ Each way of grouping is an affinity and a clustering (see ``mathematics``):
 - ``hierarchical``: the same on mean outputs alone, as HC-SMoE does;
 - ``coactivation``: experts chosen for the same tokens;
 - ``weight``: experts whose weights are alike once their neurons are matched;
-- ``dominant``: the experts of greatest mass are centres, the others join the most alike output.
+- ``dominant``: the experts of greatest mass are centres, the others join the most alike output;
+- ``state``: experts whose outputs for the same tokens are alike, token by token;
+- ``topk``: the experts chosen most often are centres, the others join the one that they were chosen
+  together with most often.
+
+Multiplexed experts have the first, ``state`` and ``topk`` alone, and the first two of these make
+groups of equal size, or of sizes one apart.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +29,20 @@ from moefuse.mathematics.experts import Experts
 from moefuse.mathematics.statistics import LayerStatistics
 
 Grouping = Callable[[LayerStatistics, Any, int], Tensor]
+"""From statistics, experts that were looked at and a number of groups to ``group_of_expert``."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A layer's ``experts`` and, where outputs are to be compared, tokens ``x_SD`` fp32."""
+
+    experts: Experts
+    x_SD: Tensor | None = None
+
+    def states(self) -> Tensor:
+        """Return how alike outputs are token by token, (E, E) fp64."""
+        assert self.x_SD is not None
+        return similarity.output_states(self.experts, self.x_SD)
 
 
 def _coactivation(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
@@ -39,7 +60,8 @@ def _hierarchical(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
     return clustering.agglomerate(affinity_EE, groups)
 
 
-def _weight(_: LayerStatistics, experts: Experts, groups: int) -> Tensor:
+def _weight(_: LayerStatistics, seen: Seen, groups: int) -> Tensor:
+    experts = seen.experts
     count = len(experts.gate_up_EFD)
     balanced = Members(count, lambda expert: experts.weights(expert).balanced())
     affinity_EE = similarity.weight_affinity(balanced)
@@ -51,28 +73,62 @@ def _dominant(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
     return clustering.join_centres(affinity_EE, clustering.strongest(statistics.mass_E, groups))
 
 
+def _state(_: LayerStatistics, seen: Seen, groups: int) -> Tensor:
+    return clustering.agglomerate(seen.states(), groups)
+
+
+def _topk(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
+    centres = clustering.strongest(statistics.count_E, groups)
+    return clustering.join_centres(statistics.coactivation_EE, centres)
+
+
+def _equal_coactivation(statistics: LayerStatistics, _: Any, groups: int) -> Tensor:
+    return clustering.equal_groups(statistics.coactivation_EE, groups)
+
+
+def _equal_state(_: LayerStatistics, seen: Seen, groups: int) -> Tensor:
+    return clustering.equal_groups(seen.states(), groups)
+
+
 GROUPINGS: dict[str, Grouping] = {
     "coactivation": _coactivation,
     "output": _output,
     "weight": _weight,
     "hierarchical": _hierarchical,
     "dominant": _dominant,
+    "state": _state,
+    "topk": _topk,
 }
-BY_WEIGHTS = frozenset({"weight"})
+MULTIPLEXED: dict[str, Grouping] = {
+    "coactivation": _equal_coactivation,
+    "state": _equal_state,
+    "topk": _topk,
+}
+"""The ways of the recipe of 2025, as it groups."""
+BY_WEIGHTS = frozenset({"weight", "state"})
 """Ways that look at the experts' weights."""
 
 
 def group_layer(
-    statistics: LayerStatistics, experts: Experts | None, groups: int, grouping: str
+    statistics: LayerStatistics,
+    experts: Experts | None,
+    groups: int,
+    grouping: str,
+    *,
+    x_SD: Tensor | None = None,
+    multiplexed: bool = False,
 ) -> Tensor:
     """Return ``group_of_expert`` (E,) int64, every number below ``groups`` used at least once.
 
-    ``experts`` may be None for a way that is not in ``BY_WEIGHTS``.
+    ``experts`` may be None for a way that is not in ``BY_WEIGHTS``; ``x_SD`` are tokens that the
+    layer received, fp32, which ``state`` alone needs.
 
     Raises ``UserError`` for an unknown way of grouping.
     """
-    if grouping not in GROUPINGS:
-        raise UserError(f"--grouping is {grouping!r}; choose from {', '.join(GROUPINGS)}.")
-    group_of_expert = GROUPINGS[grouping](statistics, experts, groups)
+    known = MULTIPLEXED if multiplexed else GROUPINGS
+    if grouping not in known:
+        raise UserError(f"--grouping is {grouping!r}; choose from {', '.join(known)}.")
+    seen = None if experts is None else Seen(experts, x_SD)
+    group_of_expert = known[grouping](statistics, seen, groups)
     assert len(torch.unique(group_of_expert)) == groups
     return group_of_expert

@@ -16,7 +16,7 @@ from moefuse.families import Family
 
 CODES = re.compile(r"(latent|codebook)$|(own\..*|shared|gain)\.scale$")
 """Ends of the names of what low-bit rows are trained as."""
-OF_ONE_EXPERT = re.compile(r"(delta\.\w+|scale|bias)$")
+OF_ONE_EXPERT = re.compile(r"(delta\.[\w.]+|scale|bias)$")
 """What of a fused module every expert has for itself."""
 
 

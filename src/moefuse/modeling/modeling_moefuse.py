@@ -1,7 +1,7 @@
 """Fused experts: what takes the place of a Mixture-of-Experts layer's routed experts.
 
 This file travels inside every checkpoint that moefuse writes, so it imports nothing but torch and
-transformers. There are two forms, and an older one that is only read (``MultiplexedExperts``).
+transformers. There are two forms, and the one of checkpoints published in 2025 (``MultiplexedExperts``).
 
 ``FusedExperts``: a few shared base experts and one small delta for every original expert. For
 expert e of group g = g(e)::
@@ -490,7 +490,7 @@ class MultiplexedExperts(FusedExperts):
         y_g = c * L_down( act(L_gate(x')) * L_up(x') )
 
     Members are mixed before the non-linearity, so no rank makes this a sum of the original
-    experts; it is here for compatibility alone. ``kind`` is a name in ``MULTIPLEXED``.
+    experts; it is here for compatibility and comparison. ``kind`` is a name in ``MULTIPLEXED``.
     """
 
     def __init__(

@@ -116,5 +116,5 @@ def merged(bases: list[MultiplexedGroup], merge: Merge) -> MultiplexedGroup:
     members = torch.cat([base.members for base in bases])
     columns: list[Tensor] = [base.routing for base in bases if base.routing is not None]
     routing = torch.cat(columns, dim=1) if columns else None
-    linears = [merged_linear(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    return MultiplexedGroup(members, *linears, routing, bases[0].gating)
+    gate, up, down = (merged_linear(name) for name in ("gate_proj", "up_proj", "down_proj"))
+    return MultiplexedGroup(members, gate, up, down, routing, bases[0].gating)

@@ -101,13 +101,13 @@ def _bare_group(
     based = members_of(experts, based_M)
     hidden = based.down_EDF.shape[1]
     routing_DM = noise(hidden, len(members_M), generator) if making.routed else None
-    linears = [
+    gate, up, down = (
         AdaptedLinear(
             making.merge(weight_MOI), None, None if bias_MO is None else making.merge(bias_MO)
         )
         for weight_MOI, bias_MO in _projections(based)
-    ]
-    return MultiplexedGroup(members_M, *linears, routing_DM, experts.gating)
+    )
+    return MultiplexedGroup(members_M, gate, up, down, routing_DM, experts.gating)
 
 
 @torch.no_grad()
@@ -121,16 +121,16 @@ def with_adapters(
     if not making.rank or making.adapters is None:
         return bare
     members = members_of(experts, bare.members)
-    linears = [
+    gate, up, down = (
         AdaptedLinear(
             base.weight.detach(),
             _adapter(weight_MOI, base.weight.detach(), making, generator),
             None if base.bias is None else base.bias.detach(),
         )
         for base, (weight_MOI, _) in zip(bare.linears(), _projections(members), strict=True)
-    ]
+    )
     routing_DM = None if bare.routing is None else bare.routing.detach()
-    return MultiplexedGroup(bare.members, *linears, routing_DM, bare.gating)
+    return MultiplexedGroup(bare.members, gate, up, down, routing_DM, bare.gating)
 
 
 def members_of(experts: Experts, members_M: Tensor) -> Experts:

@@ -1,0 +1,88 @@
+"""Bases and adapters of one layer by the recipe of the checkpoints published in 2025.
+
+What is made is the release's own (see ``moefuse.multiplexing``) and not what this library holds for
+good: it is for whoever wants its words, and for comparison. Its adapters start at a tenth of what
+their bases return and are distilled like any others.
+"""
+
+import torch
+from torch import Tensor
+
+from moefuse.config import FactorConfig
+from moefuse.fusion.choose import Factored, judged
+from moefuse.mathematics.experts import Experts, ExpertsCall
+from moefuse.mathematics.statistics import LayerStatistics
+from moefuse.multiplexing.halving import PAIR_MERGES, halve
+from moefuse.multiplexing.recipe import (
+    MERGES,
+    RESCALE_TOKENS,
+    Adapters,
+    Making,
+    build,
+    with_adapters,
+)
+from moefuse.multiplexing.soup import greedy_members
+from moefuse.multiplexing.stored import stored_state
+from moefuse.multiplexing.student import MultiplexedExperts
+from moefuse.sizes import LayerPlan
+
+ADAPTERS: dict[str, Adapters] = {"multiplexed_mixture": "mixture", "multiplexed_lora": "lora"}
+"""The recipe's adapters by the kind of delta that a plan names."""
+
+
+def multiplex(
+    experts: Experts,
+    statistics: LayerStatistics,
+    call: ExpertsCall,
+    group_of_expert: Tensor,
+    plan: LayerPlan,
+    options: FactorConfig,
+    seed: int,
+) -> Factored:
+    """Make one layer's multiplexed experts.
+
+    ``experts`` in any float dtype and ``call`` in fp32 on one device; of the call's tokens the
+    first ``options.fit_tokens`` are made use of and the others judge (the same, where there are no
+    others); ``group_of_expert`` (E,) integers on that device, of no account to halving. What starts
+    as random numbers follows from ``seed``.
+    """
+    fit = call.rows(slice(0, options.fit_tokens))
+    judge = call.rows(slice(options.fit_tokens, None)) if len(call.x_TD) > len(fit.x_TD) else fit
+    making = Making(MERGES[options.merge_of()], ADAPTERS[plan.delta], plan.rank)
+    if options.progressive:
+        student = _halved(experts, fit, making, plan.groups, options, seed)
+    else:
+        student = _grouped(experts, statistics, fit, making, group_of_expert, options, seed)
+    student.rescale(fit.rows(slice(0, RESCALE_TOKENS)))
+    return judged(stored_state(student), options.merge_of(), experts, plan, judge)
+
+
+def _grouped(
+    experts: Experts,
+    statistics: LayerStatistics,
+    fit: ExpertsCall,
+    making: Making,
+    group_of_expert: Tensor,
+    options: FactorConfig,
+    seed: int,
+) -> MultiplexedExperts:
+    def kept(members_M: Tensor) -> Tensor:
+        return greedy_members(experts, members_M, statistics.count_E, fit)
+
+    greedy = options.merge_of() == "greedy"
+    return build(experts, group_of_expert, making, seed, kept if greedy else None)
+
+
+def _halved(
+    experts: Experts,
+    fit: ExpertsCall,
+    making: Making,
+    groups: int,
+    options: FactorConfig,
+    seed: int,
+) -> MultiplexedExperts:
+    """Halve, and give what is left adapters for what members are beside their trained bases."""
+    bare = halve(experts, fit, groups, seed, merge=PAIR_MERGES[options.merge_of()])
+    generator = torch.Generator().manual_seed(seed)
+    adapted = [with_adapters(group, experts, making, generator) for group in bare.listed()]
+    return MultiplexedExperts(adapted)
