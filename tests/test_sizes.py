@@ -23,6 +23,11 @@ PLANS = [
     for groups, rank in ((1, 0), (1, 1), (2, 3), (3, 8), (6, 0), (2, 10))
     for scale, bias in ((False, False), (True, False), (True, True))
 ]
+MULTIPLEXED = [
+    LayerPlan(groups, rank, delta=f"multiplexed_{kind}")
+    for groups, rank in ((1, 0), (2, 3), (6, 1))
+    for kind in ("mixture", "lora")
+]
 
 
 def stored_bytes(path: Path) -> int:
@@ -32,7 +37,7 @@ def stored_bytes(path: Path) -> int:
     return path.stat().st_size - 8 - header
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, *MULTIPLEXED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_of_the_file(plan: LayerPlan, dtype: torch.dtype, tmp_path: Path) -> None:
     module = make_experts(SHAPE, plan, "cpu").to(dtype)
@@ -55,8 +60,21 @@ def test_parameters_by_the_formula(plan: LayerPlan) -> None:
     assert active_parameters(SHAPE, plan) == expected
 
 
-def test_active_parameters_are_those_of_the_experts_a_token_chose() -> None:
-    plan = LayerPlan(2, 3, scale=True)
+@pytest.mark.parametrize("plan", MULTIPLEXED)
+def test_parameters_of_multiplexed_experts_by_the_formula(plan: LayerPlan) -> None:
+    pair = 3 * plan.rank * (D + F)
+    is_lora = plan.delta == "multiplexed_lora"
+    group = 3 * D * F + pair * is_lora
+    own = D + (3 * plan.rank if is_lora else pair)
+
+    assert layer_parameters(SHAPE, plan) == plan.groups * group + E * own
+    assert active_parameters(SHAPE, plan) == min(K, plan.groups) * group + K * own
+
+
+@pytest.mark.parametrize(
+    "plan", [LayerPlan(2, 3, scale=True), *(plan for plan in MULTIPLEXED if plan.groups == 2)]
+)
+def test_active_parameters_are_those_of_the_experts_a_token_chose(plan: LayerPlan) -> None:
     module = make_experts(SHAPE, plan, "cpu")
     with torch.no_grad():
         for parameter in module.parameters():

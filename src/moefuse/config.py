@@ -184,6 +184,11 @@ class GroupConfig:
         "multiplexed coactivation.",
         choices=("auto", *GROUPINGS),
     )
+    progressive: bool = setting(
+        False,
+        "Halve the groups of --form multiplexed again and again, and train in between; each "
+        "halving pairs by outputs.",
+    )
 
 
 @dataclass(frozen=True)
@@ -212,10 +217,6 @@ class FactorConfig:
         "mean of those only that lower the error. [default: slerp, or sce with --progressive]",
         choices=MERGES,
     )
-    progressive: bool = setting(
-        False,
-        "Halve the groups of --form multiplexed again and again, and train in between.",
-    )
 
     def __post_init__(self) -> None:
         if self.base == "neurons" and not self.scale:
@@ -223,9 +224,10 @@ class FactorConfig:
                 "--base neurons needs scales; leave out --no-scale or choose --base mean."
             )
 
-    def merge_of(self) -> str:
-        """Return the merge of ``--form multiplexed``: the one asked for, or its default."""
-        return self.merge or ("sce" if self.progressive else "slerp")
+
+def merge_of(group: GroupConfig, factor: FactorConfig) -> str:
+    """Return the merge of ``--form multiplexed``: the one asked for, or its default."""
+    return factor.merge or ("sce" if group.progressive else "slerp")
 
 
 def settled_grouping(size: SizeConfig, group: GroupConfig) -> GroupConfig:
@@ -239,12 +241,12 @@ def settled_grouping(size: SizeConfig, group: GroupConfig) -> GroupConfig:
 def check_form(size: SizeConfig, group: GroupConfig, factor: FactorConfig) -> None:
     """Raise ``UserError`` for settings of one form that are given with another."""
     if size.form != MULTIPLEXED:
-        for name in ("merge", "progressive"):
-            if getattr(factor, name):
-                raise UserError(f"{flag_of(name)} is for --form multiplexed; add that form.")
+        for flag, given in (("--merge", factor.merge), ("--progressive", group.progressive)):
+            if given:
+                raise UserError(f"{flag} is for --form multiplexed; add that form.")
         return
     for declared in dataclasses.fields(factor):
-        kept = declared.name in ("fit_tokens", "merge", "progressive")
+        kept = declared.name in ("fit_tokens", "merge")
         if not kept and getattr(factor, declared.name) != declared.default:
             raise UserError(
                 f"{flag_of(declared.name)} is for shared bases and low-rank deltas; leave it out "
@@ -255,12 +257,12 @@ def check_form(size: SizeConfig, group: GroupConfig, factor: FactorConfig) -> No
             f"--grouping {group.grouping} is not of the recipe of --form multiplexed; choose from "
             f"{', '.join(MULTIPLEXED_GROUPINGS)}."
         )
-    if factor.progressive and group.grouping not in ("auto", "state"):
+    if group.progressive and group.grouping not in ("auto", "state"):
         raise UserError(
             f"--progressive pairs bases by their outputs and not by {group.grouping}; leave "
             "--grouping out."
         )
-    if factor.progressive and factor.merge == "greedy":
+    if group.progressive and factor.merge == "greedy":
         raise UserError(
             "--merge greedy would drop members that --progressive is to pair; choose slerp, sce or "
             "mean."

@@ -198,6 +198,7 @@ class JobInputs:
             self.factoring,
             working_itemsize=itemsize,
             rate=matrix_rate(self.device, self.dtype),
+            halves=self.grouping.progressive,
         )
 
 

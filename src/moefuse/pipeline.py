@@ -34,6 +34,7 @@ from moefuse.config import (
     GroupConfig,
     MeasureConfig,
     SizeConfig,
+    merge_of,
 )
 from moefuse.console import say, track
 from moefuse.devices import suited_threads
@@ -172,7 +173,7 @@ class Job(JobInputs):
         groups = [layer.groups for layer in self.plan.layers.values()]
         settings = [groups, asdict(self.grouping)]
         if self.is_multiplexed:
-            settings.append([self.size.form, self.factoring.progressive])
+            settings.append(self.size.form)
         return self._directory("groups", self.store.directory.name, *settings)
 
     @property
@@ -360,7 +361,7 @@ class Job(JobInputs):
 
     def _group(self, layer: int, path: Path) -> None:
         statistics = self._calibrated(layer)
-        if self.factoring.progressive:
+        if self.grouping.progressive:
             # Halving starts here and pairs by what is left of the experts then.
             artifacts.write_json(path, list(range(self.reader.shape.experts)))
             return
@@ -396,7 +397,9 @@ class Job(JobInputs):
             return
         groups = self._artifact(self.groups_directory, layer, "json", "group")
         statistics = self._calibrated(layer)
-        make = partial(multiplex, seed=self._seed(layer)) if self.is_multiplexed else factor
+        make = factor
+        if self.is_multiplexed:
+            make = partial(multiplex, grouping=self.grouping, seed=self._seed(layer))
         factored = make(
             self.experts(layer),
             statistics,
@@ -562,8 +565,8 @@ class Job(JobInputs):
 
     def _multiplexed_words(self) -> str:
         """Say by which words of the release of 2025 the student was made."""
-        merge = self.factoring.merge_of()
-        if self.factoring.progressive:
+        merge = merge_of(self.grouping, self.factoring)
+        if self.grouping.progressive:
             grouped = f"halved again and again by outputs with merge {merge}"
         else:
             grouped = f"grouping {self.grouping.grouping}, merge {merge}"

@@ -287,6 +287,7 @@ def _expected(
         build(FactorConfig, values),
         working_itemsize=dtype.itemsize,
         rate=matrix_rate(device, dtype),
+        halves=build(GroupConfig, values).progressive,
     )
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from moefuse.config import GROUPINGS as OFFERED
+from moefuse.config import MULTIPLEXED_GROUPINGS
 from moefuse.errors import UserError
-from moefuse.grouping.assign import GROUPINGS, group_layer
+from moefuse.grouping.assign import GROUPINGS, MULTIPLEXED, group_layer
 from moefuse.mathematics.alignment import ExpertWeights
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
@@ -55,6 +56,12 @@ def statistics_of(chosen_TK: Tensor) -> LayerStatistics:
     return found
 
 
+def found_by(
+    grouping: str, statistics: LayerStatistics, groups: int, experts: Experts = EXPERTS, **how: bool
+) -> Tensor:
+    return group_layer(statistics, experts, groups, grouping, x_SD=normal(64, D, seed=6), **how)
+
+
 def chosen_anyhow() -> Tensor:
     return torch.rand(300, E, generator=torch.Generator().manual_seed(5)).topk(K).indices
 
@@ -69,9 +76,9 @@ def chosen_within_groups() -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("grouping", ["output", "hierarchical", "weight", "dominant"])
+@pytest.mark.parametrize("grouping", ["output", "hierarchical", "weight", "dominant", "state"])
 def test_experts_that_compute_alike_are_grouped(grouping: str) -> None:
-    found = group_layer(statistics_of(chosen_anyhow()), EXPERTS, 3, grouping)
+    found = found_by(grouping, statistics_of(chosen_anyhow()), 3)
 
     assert torch.equal(found, PLANTED)
 
@@ -85,7 +92,7 @@ def test_experts_chosen_together_are_grouped() -> None:
 @pytest.mark.parametrize("grouping", OFFERED)
 @pytest.mark.parametrize("groups", [1, 2, 4, 7, E])
 def test_every_group_has_members(grouping: str, groups: int) -> None:
-    found = group_layer(statistics_of(chosen_anyhow()), EXPERTS, groups, grouping)
+    found = found_by(grouping, statistics_of(chosen_anyhow()), groups)
 
     assert found.dtype == torch.int64
     assert found.unique().tolist() == list(range(groups))
@@ -98,7 +105,7 @@ def test_experts_never_routed_are_grouped_too(grouping: str) -> None:
     statistics = statistics_of(chosen_TK)
     assert statistics.never_routed == [5, 6, 7, 8]
 
-    found = group_layer(statistics, EXPERTS, 3, grouping)
+    found = found_by(grouping, statistics, 3)
 
     assert found.unique().tolist() == [0, 1, 2]
 
@@ -112,13 +119,33 @@ def test_experts_that_are_all_the_same_are_grouped_too(grouping: str) -> None:
     )
     statistics = LayerStatistics.empty(E, D)
 
-    found = group_layer(statistics, same, 4, grouping)
+    found = found_by(grouping, statistics, 4, same)
 
     assert found.unique().tolist() == [0, 1, 2, 3]
 
 
+def test_with_topk_experts_join_the_centre_they_were_chosen_together_with() -> None:
+    # 3 and 4 are chosen most often; 0 and 7 go mostly with 4, all others mostly with 3.
+    pairs = [[3, e] for e in (1, 2, 5, 6, 8)] * 3 + [[4, 0], [4, 7], [0, 4]] * 4
+    pairs += [[4, 1], [3, 0]] * 2 + [[4, 3]]
+
+    found = found_by("topk", statistics_of(torch.tensor(pairs)), 2)
+
+    assert found.tolist() == [0, 1, 1, 1, 0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("grouping", ["coactivation", "state"])
+@pytest.mark.parametrize("groups", [1, 2, 4, 7, E])
+def test_multiplexed_experts_are_in_groups_of_equal_size(grouping: str, groups: int) -> None:
+    sizes = found_by(grouping, statistics_of(chosen_anyhow()), groups, multiplexed=True).bincount()
+
+    assert len(sizes) == groups
+    assert int(sizes.max() - sizes.min()) <= 1
+
+
 def test_what_is_offered_is_what_there_is() -> None:
     assert sorted(GROUPINGS) == sorted(OFFERED)
+    assert sorted(MULTIPLEXED) == sorted(MULTIPLEXED_GROUPINGS)
 
 
 def test_an_unknown_grouping_is_told_with_the_known_ones() -> None:

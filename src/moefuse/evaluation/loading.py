@@ -29,7 +29,12 @@ from moefuse.checkpoint.streaming import whole_model
 from moefuse.errors import UserError
 from moefuse.families import Family, MoeShape, all_families
 from moefuse.modeling import FusedExperts, is_fused, load_fused, register_fused
-from moefuse.modeling.modeling_moefuse import MODEL_TYPE_PREFIX, CodedRows, NeuronExperts
+from moefuse.modeling.modeling_moefuse import (
+    MODEL_TYPE_PREFIX,
+    CodedRows,
+    MaskedDelta,
+    NeuronExperts,
+)
 from moefuse.sizes import neuron_numbers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -239,6 +244,8 @@ def _active_of(experts: nn.Module, shape: MoeShape) -> int:
         return neuron_numbers(shape) * (own + shared) + shape.top_k * shared + down
     bases = experts.bases if isinstance(experts, FusedExperts) else nn.ModuleList()
     shared, all_numbers = count_parameters(bases), count_parameters(experts)
+    masked = (module for module in experts.modules() if isinstance(module, MaskedDelta))
+    shared += sum(delta.a.numel() + delta.b.numel() for delta in masked)
     active = (all_numbers - shared) * shape.top_k / shape.experts
     active += shared * min(shape.top_k, len(bases)) / len(bases) if bases else 0
     return round(active)

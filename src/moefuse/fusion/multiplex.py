@@ -8,7 +8,7 @@ their bases return and are distilled like any others.
 import torch
 from torch import Tensor
 
-from moefuse.config import FactorConfig
+from moefuse.config import FactorConfig, GroupConfig, merge_of
 from moefuse.fusion.choose import Factored, judged
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
@@ -18,6 +18,7 @@ from moefuse.multiplexing.recipe import (
     RESCALE_TOKENS,
     Adapters,
     Making,
+    Merge,
     build,
     with_adapters,
 )
@@ -37,6 +38,7 @@ def multiplex(
     group_of_expert: Tensor,
     plan: LayerPlan,
     options: FactorConfig,
+    grouping: GroupConfig,
     seed: int,
 ) -> Factored:
     """Make one layer's multiplexed experts.
@@ -48,29 +50,18 @@ def multiplex(
     """
     fit = call.rows(slice(0, options.fit_tokens))
     judge = call.rows(slice(options.fit_tokens, None)) if len(call.x_TD) > len(fit.x_TD) else fit
-    making = Making(MERGES[options.merge_of()], ADAPTERS[plan.delta], plan.rank)
-    if options.progressive:
-        student = _halved(experts, fit, making, plan.groups, options, seed)
-    else:
-        student = _grouped(experts, statistics, fit, making, group_of_expert, options, seed)
-    student.rescale(fit.rows(slice(0, RESCALE_TOKENS)))
-    return judged(stored_state(student), options.merge_of(), experts, plan, judge)
+    merge = merge_of(grouping, options)
+    making = Making(MERGES[merge], ADAPTERS[plan.delta], plan.rank)
 
-
-def _grouped(
-    experts: Experts,
-    statistics: LayerStatistics,
-    fit: ExpertsCall,
-    making: Making,
-    group_of_expert: Tensor,
-    options: FactorConfig,
-    seed: int,
-) -> MultiplexedExperts:
     def kept(members_M: Tensor) -> Tensor:
         return greedy_members(experts, members_M, statistics.count_E, fit)
 
-    greedy = options.merge_of() == "greedy"
-    return build(experts, group_of_expert, making, seed, kept if greedy else None)
+    if grouping.progressive:
+        student = _halved(experts, fit, making, plan.groups, PAIR_MERGES[merge], seed)
+    else:
+        student = build(experts, group_of_expert, making, seed, kept if merge == "greedy" else None)
+    student.rescale(fit.rows(slice(0, RESCALE_TOKENS)))
+    return judged(stored_state(student), merge, experts, plan, judge)
 
 
 def _halved(
@@ -78,11 +69,11 @@ def _halved(
     fit: ExpertsCall,
     making: Making,
     groups: int,
-    options: FactorConfig,
+    merge: Merge,
     seed: int,
 ) -> MultiplexedExperts:
     """Halve, and give what is left adapters for what members are beside their trained bases."""
-    bare = halve(experts, fit, groups, seed, merge=PAIR_MERGES[options.merge_of()])
+    bare = halve(experts, fit, groups, seed, merge=merge)
     generator = torch.Generator().manual_seed(seed)
     adapted = [with_adapters(group, experts, making, generator) for group in bare.listed()]
     return MultiplexedExperts(adapted)

@@ -338,11 +338,13 @@ def estimate(
     *,
     working_itemsize: int,
     rate: float,
+    halves: bool = False,
 ) -> Estimate:
     """Estimate time, disk and memory of making the student.
 
     ``working_itemsize`` is the bytes of one number while computing, ``rate`` the device's matrix
-    rate in operations per second. Small matrices do not reach that rate: a fifth of it is assumed.
+    rate in operations per second; ``halves`` says whether groups are halved again and again. Small
+    matrices do not reach that rate: a fifth of it is assumed.
     """
     shape, tokens = teacher.shape, calibrate.tokens
     layers = len(shape.layers)
@@ -364,7 +366,7 @@ def estimate(
     layer = shape.layer_numbers + teacher.largest_outside_layer
     streaming = (layer + teacher.embedding) * working_itemsize + READ_BUFFER_BYTES
     distilling = call + int(per_layer) * 4 * 5
-    fitting = fitting_bytes(teacher, plan, factor)
+    fitting = fitting_bytes(teacher, plan, factor, halves=halves)
     return Estimate(
         seconds=operations / (rate * REACHED_SHARE) + read,
         disk_bytes=plan.bytes + factors + layers * call + hidden,
@@ -388,7 +390,9 @@ def _felt_tokens(plan: Plan, calibrate: CalibrateConfig, distill: DistillConfig)
     return calibrate.sensitivity_tokens if felt else 0
 
 
-def fitting_bytes(teacher: Teacher, plan: Plan, factor: FactorConfig) -> int:
+def fitting_bytes(
+    teacher: Teacher, plan: Plan, factor: FactorConfig, *, halves: bool = False
+) -> int:
     """Estimate what fitting a layer's bases holds: its experts as they are stored, the bases, their
     features on the tokens fitted to and the square matrix of these, and the down projections that
     are solved for, before and after. Of multiplexed experts: the student, what is made of one of
@@ -400,7 +404,7 @@ def fitting_bytes(teacher: Teacher, plan: Plan, factor: FactorConfig) -> int:
         members = -(-shape.experts // max(min(x.groups for x in plan.layers.values()), 1))
         making = student + GROUP_COPIES * members * experts // shape.experts
         making += 2 * factor.fit_tokens * (shape.hidden + shape.experts)
-        halving = 3 * experts if factor.progressive else 0
+        halving = 3 * experts if halves else 0
         return experts * teacher.itemsize + 4 * max(making, student + halving)
     widest = max(max(layer.groups, 1) for layer in plan.layers.values()) * shape.intermediate
     bases = 3 * widest * shape.hidden

@@ -1,7 +1,7 @@
 """Fused experts: what takes the place of a Mixture-of-Experts layer's routed experts.
 
 This file travels inside every checkpoint that moefuse writes, so it imports nothing but torch and
-transformers. There are two forms, and the one of checkpoints published in 2025 (``MultiplexedExperts``).
+transformers. There are two forms, and that of checkpoints of 2025 (``MultiplexedExperts``).
 
 ``FusedExperts``: a few shared base experts and one small delta for every original expert. For
 expert e of group g = g(e)::
