@@ -125,8 +125,8 @@ class SizeConfig:
     )
     mixture: str | None = setting(
         None,
-        "Adapters of --form multiplexed: mixture, one for every member of a group; lora, one for a "
-        "group, which members mask. [default: mixture]",
+        "Adapters of --form multiplexed: mixture, one for every member of a group, which is taken "
+        "without; lora, one for a group, which members mask.",
         choices=MIXTURES,
     )
 
@@ -182,7 +182,7 @@ class GroupConfig:
         "auto",
         f"How experts are grouped: {', '.join(GROUPINGS)}; auto, dominant, or with --form "
         "multiplexed coactivation.",
-        choices=("auto", *GROUPINGS),
+        choices=(*GROUPINGS, "auto"),
     )
     progressive: bool = setting(
         False,
@@ -214,7 +214,7 @@ class FactorConfig:
         None,
         "What bases of --form multiplexed are of their members, neurons not matched: slerp, their "
         "mean on the sphere around the first; sce, select, calculate, erase; mean; greedy, the "
-        "mean of those only that lower the error. [default: slerp, or sce with --progressive]",
+        "mean of those only that lower the error. Without, slerp, or sce with --progressive.",
         choices=MERGES,
     )
 
