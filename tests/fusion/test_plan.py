@@ -22,6 +22,7 @@ from moefuse.fusion.plan import (
     default_rank,
     describe_teacher,
     estimate,
+    fitting_bytes,
     make_plan,
     matrix_rate,
 )
@@ -357,3 +358,16 @@ def test_disk_holds_the_student_and_what_every_layer_received_and_returned() -> 
 
 def test_the_matrix_rate_is_measured() -> None:
     assert 1e8 < matrix_rate("cpu", torch.float32) < 1e14
+
+
+def test_halving_holds_half_of_the_experts_as_they_are_trained() -> None:
+    plan = planned(lite(), groups=8, form="multiplexed")
+
+    grouped, halved = (
+        fitting_bytes(lite(), plan, FactorConfig(), halves=halves) for halves in (False, True)
+    )
+
+    # Weights, gradients and two moments of half of the experts, in fp32, beside all as stored.
+    trained = 4 * 4 * lite().shape.layer_numbers // 2
+    assert halved > trained + 2 * lite().shape.layer_numbers
+    assert grouped < halved

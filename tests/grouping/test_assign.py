@@ -7,7 +7,7 @@ from torch import Tensor
 from moefuse.config import GROUPINGS as OFFERED
 from moefuse.config import MULTIPLEXED_GROUPINGS
 from moefuse.errors import UserError
-from moefuse.grouping.assign import GROUPINGS, MULTIPLEXED, group_layer
+from moefuse.grouping.assign import GROUPINGS, RECIPE_GROUPINGS, group_layer
 from moefuse.mathematics.alignment import ExpertWeights
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
@@ -145,7 +145,7 @@ def test_multiplexed_experts_are_in_groups_of_equal_size(grouping: str, groups: 
 
 def test_what_is_offered_is_what_there_is() -> None:
     assert sorted(GROUPINGS) == sorted(OFFERED)
-    assert sorted(MULTIPLEXED) == sorted(MULTIPLEXED_GROUPINGS)
+    assert sorted(RECIPE_GROUPINGS) == sorted(MULTIPLEXED_GROUPINGS)
 
 
 def test_an_unknown_grouping_is_told_with_the_known_ones() -> None:

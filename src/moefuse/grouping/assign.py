@@ -99,7 +99,7 @@ GROUPINGS: dict[str, Grouping] = {
     "state": _state,
     "topk": _topk,
 }
-MULTIPLEXED: dict[str, Grouping] = {
+RECIPE_GROUPINGS: dict[str, Grouping] = {
     "coactivation": _equal_coactivation,
     "state": _equal_state,
     "topk": _topk,
@@ -125,7 +125,7 @@ def group_layer(
 
     Raises ``UserError`` for an unknown way of grouping.
     """
-    known = MULTIPLEXED if multiplexed else GROUPINGS
+    known = RECIPE_GROUPINGS if multiplexed else GROUPINGS
     if grouping not in known:
         raise UserError(f"--grouping is {grouping!r}; choose from {', '.join(known)}.")
     seen = None if experts is None else Seen(experts, x_SD)
