@@ -55,26 +55,32 @@ def _book(kinds, tables, kind, VECTOR: tl.constexpr, FILLED: tl.constexpr):
 
 
 @triton.jit
-def _codes(codes, row_X, first, COUNT: tl.constexpr, KIND: tl.constexpr, CODES: tl.constexpr):
-    """Return the codes of some rows from number ``first`` on, (X, CODES) int32; 0 past the end."""
-    start_X1 = (codes + row_X * KIND[3])[:, None]
+def _words(codes, row_X, first, COUNT: tl.constexpr, KIND: tl.constexpr, CODES: tl.constexpr):
+    """Return the codes of some rows from number ``first`` on, four in a word of 32 bits, the first
+    lowest: (X, CODES / 4). Past a row's end they are 0."""
+    size: tl.constexpr = KIND[2] // 2
     even: tl.constexpr = COUNT % CODES == 0
-    if KIND[2] == 8:
-        byte = first + tl.arange(0, CODES)
-        found = _bytes(start_X1, byte, COUNT, even)
+    number = first // 4 + tl.arange(0, CODES // 4)
+    if size == 4 and KIND[3] % 4 == 0:
+        start_X = codes.to(tl.pointer_type(tl.int32)) + row_X * (KIND[3] // 4)
+        place = start_X[:, None] + number[None, :]
+        if even:
+            word = tl.load(place, eviction_policy="evict_first")
+        else:
+            word = tl.load(place, mask=(number < KIND[3] // 4)[None, :], other=0)
     else:
-        byte = first // 4 * 3 + 3 * tl.arange(0, CODES // 4)
-        low = _bytes(start_X1, byte, KIND[3], even)
-        middle = _bytes(start_X1, byte + 1, KIND[3], even)
-        high = _bytes(start_X1, byte + 2, KIND[3], even)
-        one, two = ((low >> 6) | (middle << 2)) & 63, ((middle >> 4) | (high << 4)) & 63
-        found = tl.join(tl.join(low & 63, two), tl.join(one, high >> 2))
-        found = tl.reshape(found, [row_X.shape[0], CODES])
-    return found
+        start_X1 = (codes + row_X * KIND[3])[:, None]
+        byte = number * size
+        word = _byte(start_X1, byte, KIND[3], even)
+        word |= _byte(start_X1, byte + 1, KIND[3], even) << 8
+        word |= _byte(start_X1, byte + 2, KIND[3], even) << 16
+        if size == 4:
+            word |= _byte(start_X1, byte + 3, KIND[3], even) << 24
+    return word
 
 
 @triton.jit
-def _bytes(start_X1, byte, COUNT: tl.constexpr, EVEN: tl.constexpr):
+def _byte(start_X1, byte, COUNT: tl.constexpr, EVEN: tl.constexpr):
     """Return some bytes of rows of COUNT bytes as int32; 0 past the end, ``EVEN`` if none is."""
     place = start_X1 + byte[None, :]
     if EVEN:
@@ -85,6 +91,12 @@ def _bytes(start_X1, byte, COUNT: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _row(zero, one, two, three):
+    """Lay four tensors of one shape side by side, their elements taking turns, as (..., 2, 2)."""
+    return tl.join(tl.join(zero, two), tl.join(one, three))
+
+
+@triton.jit
 def _two(word, like):
     """Return the lower and the upper number of 16 bits in a word of 32."""
     low = word.to(tl.int16).to(like.dtype.element_ty, bitcast=True)
@@ -92,68 +104,73 @@ def _two(word, like):
 
 
 @triton.jit
-def _four(word, like):
-    """Return the four numbers of 16 bits in a word of 64 as two tensors: 0 and 2, 1 and 3."""
-    zero, one = _two(word.to(tl.int32), like)
-    two, three = _two((word >> 32).to(tl.int32), like)
-    return tl.join(zero, two), tl.join(one, three)
+def _numbers_of_two(book, zero, one, two, three):
+    place = book.to(tl.pointer_type(tl.int32))
+    a0, b0 = _two(tl.load(place + zero), book)
+    a1, b1 = _two(tl.load(place + one), book)
+    a2, b2 = _two(tl.load(place + two), book)
+    a3, b3 = _two(tl.load(place + three), book)
+    return tl.join(_row(a0, a1, a2, a3), _row(b0, b1, b2, b3))
 
 
 @triton.jit
-def _entries(book, code_XC, FILLED: tl.constexpr, WORDS: tl.constexpr):
-    """Return what codes stand for, (X, C * FILLED); by ``WORDS`` an entry is read as integers."""
-    numbers: tl.constexpr = code_XC.shape[1] * FILLED
+def _numbers_of_four(place, zero, one, two, three, like):
+    """Return four numbers of each of four codes from where ``place`` (int64) points to."""
+    low_0, low_1 = tl.load(place + zero), tl.load(place + one)
+    low_2, low_3 = tl.load(place + two), tl.load(place + three)
+    a0, b0 = _two(low_0.to(tl.int32), like)
+    a1, b1 = _two(low_1.to(tl.int32), like)
+    a2, b2 = _two(low_2.to(tl.int32), like)
+    a3, b3 = _two(low_3.to(tl.int32), like)
+    c0, d0 = _two((low_0 >> 32).to(tl.int32), like)
+    c1, d1 = _two((low_1 >> 32).to(tl.int32), like)
+    c2, d2 = _two((low_2 >> 32).to(tl.int32), like)
+    c3, d3 = _two((low_3 >> 32).to(tl.int32), like)
+    return _row(
+        _row(a0, a1, a2, a3), _row(b0, b1, b2, b3), _row(c0, c1, c2, c3), _row(d0, d1, d2, d3)
+    )
+
+
+@triton.jit
+def _entries(book, word, BITS: tl.constexpr, FILLED: tl.constexpr, WORDS: tl.constexpr):
+    """Return what the codes in words stand for, (X, 4 * words * FILLED).
+
+    By ``WORDS`` an entry of numbers of 16 bits is read as integers.
+    """
+    mask: tl.constexpr = (1 << BITS) - 1
+    zero, one = word & mask, (word >> BITS) & mask
+    two, three = (word >> (2 * BITS)) & mask, (word >> (3 * BITS)) & mask
     if FILLED == 1:
-        found = tl.load(book + code_XC)
+        found = _row(
+            tl.load(book + zero), tl.load(book + one), tl.load(book + two), tl.load(book + three)
+        )
     elif not WORDS:
-        place = code_XC[:, :, None] * FILLED + tl.arange(0, FILLED)[None, None, :]
+        codes = tl.reshape(_row(zero, one, two, three), [word.shape[0], word.shape[1] * 4])
+        place = codes[:, :, None] * FILLED + tl.arange(0, FILLED)[None, None, :]
         found = tl.load(book + place)
     elif FILLED == 2:
-        word = tl.load(book.to(tl.pointer_type(tl.int32)) + code_XC)
-        low, high = _two(word, book)
-        found = tl.join(low, high)
+        found = _numbers_of_two(book, zero, one, two, three)
     elif FILLED == 4:
-        word = tl.load(book.to(tl.pointer_type(tl.int64)) + code_XC)
-        even, odd = _four(word, book)
-        found = tl.join(even, odd)
+        place = book.to(tl.pointer_type(tl.int64))
+        found = _numbers_of_four(place, zero, one, two, three, book)
     else:
-        place = book.to(tl.pointer_type(tl.int64)) + 2 * code_XC
-        even, odd = _four(tl.load(place), book)
-        later_even, later_odd = _four(tl.load(place + 1), book)
-        # The last joined varies fastest: numbers 0 4, 2 6 and 1 5, 3 7 are those that lie so.
-        even_half = tl.join(even, later_even)
-        odd_half = tl.join(odd, later_odd)
-        found = tl.join(tl.permute(even_half, 0, 1, 3, 2), tl.permute(odd_half, 0, 1, 3, 2))
-    return tl.reshape(found, [code_XC.shape[0], numbers])
+        place = book.to(tl.pointer_type(tl.int64))
+        low = _numbers_of_four(place, 2 * zero, 2 * one, 2 * two, 2 * three, book)
+        high = _numbers_of_four(place + 1, 2 * zero, 2 * one, 2 * two, 2 * three, book)
+        # (X, words, code, code, number, number, half): the half varies third fastest.
+        found = tl.permute(tl.join(low, high), 0, 1, 2, 3, 6, 4, 5)
+    return tl.reshape(found, [word.shape[0], word.shape[1] * 4 * FILLED])
 
 
 @triton.jit
-def _weights(
-    base,
-    book,
-    row_X,
-    first,
-    WIDTH: tl.constexpr,
-    KIND: tl.constexpr,
-    CODES: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """Return what rows have from code ``first`` on, before scaling: (X, CODES * FILLED).
-
-    Past a row's end lies something finite.
-    """
-    if KIND[2] == 0:
-        base = tl.multiple_of(base.to(book.dtype), 16)
-        column = first + tl.arange(0, CODES)
-        place = base + row_X[:, None] * WIDTH + column[None, :]
-        if WIDTH % CODES == 0:
-            found = tl.load(place, eviction_policy="evict_first")
-        else:
-            found = tl.load(place, mask=(column < WIDTH)[None, :], other=0.0)
+def _plain(base, book, row_X, first, WIDTH: tl.constexpr, NUMBERS: tl.constexpr):
+    """Return numbers of plain rows from column ``first`` on, (X, NUMBERS); 0 past the end."""
+    column = first + tl.arange(0, NUMBERS)
+    place = tl.multiple_of(base.to(book.dtype), 16) + row_X[:, None] * WIDTH + column[None, :]
+    if WIDTH % NUMBERS == 0:
+        found = tl.load(place, eviction_policy="evict_first")
     else:
-        codes = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), 16)
-        count: tl.constexpr = (WIDTH + KIND[0] - 1) // KIND[0]
-        found = _entries(book, _codes(codes, row_X, first, count, KIND, CODES), KIND[1], WORDS)
+        found = tl.load(place, mask=(column < WIDTH)[None, :], other=0.0)
     return found
 
 
@@ -338,6 +355,10 @@ def _values(
     x_row = x + token.to(tl.int64)[None, :] * WIDTH
     gate_XM = tl.zeros([neuron.shape[0], token.shape[0]], tl.float32)
     up_XM = tl.zeros([neuron.shape[0], token.shape[0]], tl.float32)
+    packed = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), 16)
+    if KIND[2] != 0:
+        gate_word = _words(packed, gate_row, 0, count, KIND, codes)
+        up_word = _words(packed, up_row, 0, count, KIND, codes)
     for first in range(0, count, codes):
         column, inside = _columns(first, KIND[0], KIND[1], codes, WIDTH)
         if (KIND[0] == KIND[1]) and (WIDTH % CHUNK == 0):
@@ -345,8 +366,17 @@ def _values(
         else:
             both = inside[:, None] & live[None, :]
             x_IM = tl.load(x_row + column[:, None], mask=both, other=0.0)
-        gate_XI = _weights(base, book, gate_row, first, WIDTH, KIND, codes, WORDS)
-        up_XI = _weights(base, book, up_row, first, WIDTH, KIND, codes, WORDS)
+        if KIND[2] == 0:
+            gate_XI = _plain(base, book, gate_row, first, WIDTH, codes)
+            up_XI = _plain(base, book, up_row, first, WIDTH, codes)
+        else:
+            # The next codes are on their way while these become numbers.
+            after = tl.where(first + codes < count, first + codes, first)
+            gate_after = _words(packed, gate_row, after, count, KIND, codes)
+            up_after = _words(packed, up_row, after, count, KIND, codes)
+            gate_XI = _entries(book, gate_word, KIND[2], KIND[1], WORDS)
+            up_XI = _entries(book, up_word, KIND[2], KIND[1], WORDS)
+            gate_word, up_word = gate_after, up_after
         gate_XM = tl.dot(gate_XI, x_IM, gate_XM, input_precision=PRECISION)
         up_XM = tl.dot(up_XI, x_IM, up_XM, input_precision=PRECISION)
     coded: tl.constexpr = KIND[2] != 0
@@ -458,13 +488,27 @@ def _products(
     z_row = z + position.to(tl.int64)[None, :] * z_width
     begin = tl.maximum(from_block, first_block)
     end = tl.minimum(to_block, first_block + tl.cdiv(count, NEURONS))
+    packed = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), 16)
+    all_codes: tl.constexpr = (WIDTH + KIND[0] - 1) // KIND[0]
+    last = first_neuron + count - 1
+    place = tl.arange(0, NEURONS)
+    row_X = (first_neuron - first_block * NEURONS + place).to(tl.int64)
+    if KIND[2] != 0 and begin < end:
+        down_X = tl.minimum(row_X + begin * NEURONS, last) + 2 * total
+        word = _words(packed, down_X, tile * codes, all_codes, KIND, codes)
+    else:
+        word = tl.zeros([NEURONS, codes // 4], tl.int32)
     for block in range(begin, end):
-        place = tl.arange(0, NEURONS)
-        number = (block - first_block) * NEURONS + place
-        neuron = first_neuron + tl.minimum(number, count - 1)
         z_XM = tl.load(z_row + (block * NEURONS + place)[:, None], mask=live[None, :], other=0.0)
-        row_X = neuron.to(tl.int64) + 2 * total
-        down_XI = _weights(base, book, row_X, tile * codes, WIDTH, KIND, codes, WORDS)
+        if KIND[2] == 0:
+            down_X = tl.minimum(row_X + block * NEURONS, last) + 2 * total
+            down_XI = _plain(base, book, down_X, tile * codes, WIDTH, codes)
+        else:
+            after = tl.minimum(block + 1, end - 1)
+            down_X = tl.minimum(row_X + after * NEURONS, last) + 2 * total
+            word_after = _words(packed, down_X, tile * codes, all_codes, KIND, codes)
+            down_XI = _entries(book, word, KIND[2], KIND[1], WORDS)
+            word = word_after
         y_IM = tl.dot(tl.trans(down_XI), z_XM, y_IM, input_precision=PRECISION)
     return y_IM
 
