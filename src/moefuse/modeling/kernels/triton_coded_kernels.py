@@ -132,25 +132,26 @@ def _numbers_of_four(place, zero, one, two, three, like):
 
 
 @triton.jit
-def _entries(book, word, BITS: tl.constexpr, FILLED: tl.constexpr, WORDS: tl.constexpr):
-    """Return what the codes in words stand for, (X, 4 * words * FILLED).
+def _entries(book, word, KIND: tl.constexpr, WORDS: tl.constexpr):
+    """Return what the codes in words stand for, (X, 4 * words * V filled up).
 
     By ``WORDS`` an entry of numbers of 16 bits is read as integers.
     """
-    mask: tl.constexpr = (1 << BITS) - 1
-    zero, one = word & mask, (word >> BITS) & mask
-    two, three = (word >> (2 * BITS)) & mask, (word >> (3 * BITS)) & mask
-    if FILLED == 1:
+    filled: tl.constexpr = KIND[1]
+    mask: tl.constexpr = (1 << KIND[2]) - 1
+    zero, one = word & mask, (word >> KIND[2]) & mask
+    two, three = (word >> (2 * KIND[2])) & mask, (word >> (3 * KIND[2])) & mask
+    if filled == 1:
         found = _row(
             tl.load(book + zero), tl.load(book + one), tl.load(book + two), tl.load(book + three)
         )
     elif not WORDS:
         codes = tl.reshape(_row(zero, one, two, three), [word.shape[0], word.shape[1] * 4])
-        place = codes[:, :, None] * FILLED + tl.arange(0, FILLED)[None, None, :]
+        place = codes[:, :, None] * filled + tl.arange(0, filled)[None, None, :]
         found = tl.load(book + place)
-    elif FILLED == 2:
+    elif filled == 2:
         found = _numbers_of_two(book, zero, one, two, three)
-    elif FILLED == 4:
+    elif filled == 4:
         place = book.to(tl.pointer_type(tl.int64))
         found = _numbers_of_four(place, zero, one, two, three, book)
     else:
@@ -159,7 +160,7 @@ def _entries(book, word, BITS: tl.constexpr, FILLED: tl.constexpr, WORDS: tl.con
         high = _numbers_of_four(place + 1, 2 * zero, 2 * one, 2 * two, 2 * three, book)
         # (X, words, code, code, number, number, half): the half varies third fastest.
         found = tl.permute(tl.join(low, high), 0, 1, 2, 3, 6, 4, 5)
-    return tl.reshape(found, [word.shape[0], word.shape[1] * 4 * FILLED])
+    return tl.reshape(found, [word.shape[0], word.shape[1] * 4 * filled])
 
 
 @triton.jit
@@ -359,6 +360,9 @@ def _values(
     if KIND[2] != 0:
         gate_word = _words(packed, gate_row, 0, count, KIND, codes)
         up_word = _words(packed, up_row, 0, count, KIND, codes)
+    else:
+        gate_word = gate_row
+        up_word = up_row
     for first in range(0, count, codes):
         column, inside = _columns(first, KIND[0], KIND[1], codes, WIDTH)
         if (KIND[0] == KIND[1]) and (WIDTH % CHUNK == 0):
@@ -374,8 +378,8 @@ def _values(
             after = tl.where(first + codes < count, first + codes, first)
             gate_after = _words(packed, gate_row, after, count, KIND, codes)
             up_after = _words(packed, up_row, after, count, KIND, codes)
-            gate_XI = _entries(book, gate_word, KIND[2], KIND[1], WORDS)
-            up_XI = _entries(book, up_word, KIND[2], KIND[1], WORDS)
+            gate_XI = _entries(book, gate_word, KIND, WORDS)
+            up_XI = _entries(book, up_word, KIND, WORDS)
             gate_word, up_word = gate_after, up_after
         gate_XM = tl.dot(gate_XI, x_IM, gate_XM, input_precision=PRECISION)
         up_XM = tl.dot(up_XI, x_IM, up_XM, input_precision=PRECISION)
@@ -424,8 +428,9 @@ def down(
     part, first, end = _part_of_tile(start, every, experts, rows, tokens, own_tiles, ROWS, PARTS)
     if part < 0:
         return
-    piece = tl.program_id(0) % (len(STEPS) * SPLITS)
-    tile = tl.program_id(0) // (len(STEPS) * SPLITS)
+    # Neighbouring tiles, which run together, read neighbouring bytes of the same rows.
+    tiles = tl.num_programs(0) // (len(STEPS) * SPLITS)
+    piece, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     position = first + tl.arange(0, ROWS)
     live = position < end
     row = position
@@ -507,7 +512,7 @@ def _products(
             after = tl.minimum(block + 1, end - 1)
             down_X = tl.minimum(row_X + after * NEURONS, last) + 2 * total
             word_after = _words(packed, down_X, tile * codes, all_codes, KIND, codes)
-            down_XI = _entries(book, word, KIND[2], KIND[1], WORDS)
+            down_XI = _entries(book, word, KIND, WORDS)
             word = word_after
         y_IM = tl.dot(tl.trans(down_XI), z_XM, y_IM, input_precision=PRECISION)
     return y_IM
