@@ -50,11 +50,13 @@ def plan_of(widths: Tensor, used: tuple[int, ...], shared: int, block: int) -> P
     Remembered until ``widths`` changes; reading it waits for the host.
     """
     version = 0 if widths.is_inference() else widths._version
-    known = _plans.setdefault(widths, {})
-    key = (version, used, shared, block)
-    if key not in known:
-        known[key] = _laid_out(widths[list(used)], shared, block)
-    return known[key]
+    known = _plans.get(widths)
+    if known is None or known[0] != version:
+        known = _plans[widths] = (version, {})
+    key = (used, shared, block)
+    if key not in known[1]:
+        known[1][key] = _laid_out(widths[list(used)], shared, block)
+    return known[1][key]
 
 
 def _laid_out(widths: Tensor, shared: int, block: int) -> Plan:
