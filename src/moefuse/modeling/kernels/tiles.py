@@ -69,7 +69,7 @@ class CodedTiles:
     down_warps: int
     down_stages: int
     programs: int = 512
-    words: bool = True
+    words: int = 2
 
 
 CODED_BY_ROWS = (
@@ -78,7 +78,7 @@ CODED_BY_ROWS = (
     CodedTiles(64, 64, 128, 4, 1, 128, 4, 1),
     CodedTiles(128, 64, 128, 8, 1, 128, 8, 1),
 )
-CODED_IN_FP32 = CodedTiles(16, 16, 32, 4, 1, 32, 4, 1, programs=8, words=False)
+CODED_IN_FP32 = CodedTiles(16, 16, 32, 4, 1, 32, 4, 1, programs=8, words=0)
 MOST_SPLITS = 8
 
 

@@ -132,6 +132,40 @@ def _numbers_of_four(place, zero, one, two, three, like):
 
 
 @triton.jit
+def _found(table, code_XC):
+    """Look codes up in a table of 64 or 256 words, by way of shared memory."""
+    codes: tl.constexpr = code_XC.shape[0] * code_XC.shape[1]
+    return tl.reshape(tl.gather(table, tl.reshape(code_XC, [codes]), 0), code_XC.shape)
+
+
+@triton.jit
+def _gathered(book, code_XC, KIND: tl.constexpr):
+    """Return what codes stand for, as a tensor whose further dimensions are an entry's numbers."""
+    entry = tl.arange(0, 1 << KIND[2])
+    if KIND[1] == 1:
+        word = _found(tl.load(book.to(tl.pointer_type(tl.int16)) + entry), code_XC)
+        found = word.to(book.dtype.element_ty, bitcast=True)
+    elif KIND[1] == 2:
+        word = _found(tl.load(book.to(tl.pointer_type(tl.int32)) + entry), code_XC)
+        zero, one = _two(word, book)
+        found = tl.join(zero, one)
+    elif KIND[1] == 4:
+        word = _found(tl.load(book.to(tl.pointer_type(tl.int64)) + entry), code_XC)
+        zero, one = _two(word.to(tl.int32), book)
+        two, three = _two((word >> 32).to(tl.int32), book)
+        found = _row(zero, one, two, three)
+    else:
+        place = book.to(tl.pointer_type(tl.int64)) + 2 * entry
+        low, high = _found(tl.load(place), code_XC), _found(tl.load(place + 1), code_XC)
+        zero, one = _two(low.to(tl.int32), book)
+        two, three = _two((low >> 32).to(tl.int32), book)
+        four, five = _two(high.to(tl.int32), book)
+        six, seven = _two((high >> 32).to(tl.int32), book)
+        found = tl.join(_row(zero, two, four, six), _row(one, three, five, seven))
+    return found
+
+
+@triton.jit
 def _entries(book, word, KIND: tl.constexpr, WORDS: tl.constexpr):
     """Return what the codes in words stand for, (X, 4 * words * V filled up).
 
@@ -141,11 +175,14 @@ def _entries(book, word, KIND: tl.constexpr, WORDS: tl.constexpr):
     mask: tl.constexpr = (1 << KIND[2]) - 1
     zero, one = word & mask, (word >> KIND[2]) & mask
     two, three = (word >> (2 * KIND[2])) & mask, (word >> (3 * KIND[2])) & mask
-    if filled == 1:
+    if WORDS == 2:
+        codes = tl.reshape(_row(zero, one, two, three), [word.shape[0], word.shape[1] * 4])
+        found = _gathered(book, codes, KIND)
+    elif filled == 1:
         found = _row(
             tl.load(book + zero), tl.load(book + one), tl.load(book + two), tl.load(book + three)
         )
-    elif not WORDS:
+    elif WORDS == 0:
         codes = tl.reshape(_row(zero, one, two, three), [word.shape[0], word.shape[1] * 4])
         place = codes[:, :, None] * filled + tl.arange(0, filled)[None, None, :]
         found = tl.load(book + place)
