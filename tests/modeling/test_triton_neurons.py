@@ -52,8 +52,9 @@ def test_outputs_and_gradients_are_those_of_the_slow_twin(sizes: Sizes, seed: in
         {"bits": ("1.33", "16"), "shared_bits": "1.6", "gain_bits": "16"},
         {"bits": ("2", "3"), "shared_bits": "3", "gain_bits": "1.14", "biased": True},
         {"bits": ("4", "8"), "shared": 0, "biased": True},
+        {"bits": ("2", "3"), "shared": 0, "hidden": 128, "most": 5},
     ],
-    ids=lambda kinds: "+".join(kinds["bits"]),
+    ids=lambda kinds: "+".join(kinds["bits"]) + ("even" if "hidden" in kinds else ""),
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()

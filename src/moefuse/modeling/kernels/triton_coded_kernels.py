@@ -68,6 +68,16 @@ def _words(codes, row_X, first, COUNT: tl.constexpr, KIND: tl.constexpr, CODES: 
             word = tl.load(place, eviction_policy="evict_first")
         else:
             word = tl.load(place, mask=(number < KIND[3] // 4)[None, :], other=0)
+    elif size == 3 and KIND[3] % 4 == 0 and even and CODES % 16 == 0:
+        # Sixteen codes are three words of memory.
+        start_X = codes.to(tl.pointer_type(tl.int32)) + row_X * (KIND[3] // 4)
+        place = start_X[:, None] + (first // 16 * 3 + 3 * tl.arange(0, CODES // 16))[None, :]
+        low = tl.load(place, eviction_policy="evict_first")
+        middle = tl.load(place + 1, eviction_policy="evict_first")
+        high = tl.load(place + 2, eviction_policy="evict_first")
+        one = ((low >> 24) & 0xFF) | (middle << 8)
+        two = ((middle >> 16) & 0xFFFF) | (high << 16)
+        word = tl.reshape(_row(low, one, two, high >> 8), [row_X.shape[0], CODES // 4])
     else:
         start_X1 = (codes + row_X * KIND[3])[:, None]
         byte = number * size
@@ -132,36 +142,29 @@ def _numbers_of_four(place, zero, one, two, three, like):
 
 
 @triton.jit
-def _found(table, code_XC):
-    """Look codes up in a table of 64 or 256 words, by way of shared memory."""
-    codes: tl.constexpr = code_XC.shape[0] * code_XC.shape[1]
-    return tl.reshape(tl.gather(table, tl.reshape(code_XC, [codes]), 0), code_XC.shape)
+def _looked_up(table, code, ROWS: tl.constexpr):
+    """Look codes of any shape up in a table by way of shared memory: (ROWS, the others)."""
+    count: tl.constexpr = code.numel
+    return tl.reshape(tl.gather(table, tl.reshape(code, [count]), 0), [ROWS, count // ROWS])
 
 
 @triton.jit
 def _gathered(book, code_XC, KIND: tl.constexpr):
-    """Return what codes stand for, as a tensor whose further dimensions are an entry's numbers."""
-    entry = tl.arange(0, 1 << KIND[2])
+    """Return what codes stand for, (X, C * V filled up), numbers of 16 bits read two at a time."""
     if KIND[1] == 1:
-        word = _found(tl.load(book.to(tl.pointer_type(tl.int16)) + entry), code_XC)
+        table = tl.load(book.to(tl.pointer_type(tl.int16)) + tl.arange(0, 1 << KIND[2]))
+        word = _looked_up(table, code_XC, code_XC.shape[0])
         found = word.to(book.dtype.element_ty, bitcast=True)
-    elif KIND[1] == 2:
-        word = _found(tl.load(book.to(tl.pointer_type(tl.int32)) + entry), code_XC)
-        zero, one = _two(word, book)
-        found = tl.join(zero, one)
-    elif KIND[1] == 4:
-        word = _found(tl.load(book.to(tl.pointer_type(tl.int64)) + entry), code_XC)
-        zero, one = _two(word.to(tl.int32), book)
-        two, three = _two((word >> 32).to(tl.int32), book)
-        found = _row(zero, one, two, three)
     else:
-        place = book.to(tl.pointer_type(tl.int64)) + 2 * entry
-        low, high = _found(tl.load(place), code_XC), _found(tl.load(place + 1), code_XC)
-        zero, one = _two(low.to(tl.int32), book)
-        two, three = _two((low >> 32).to(tl.int32), book)
-        four, five = _two(high.to(tl.int32), book)
-        six, seven = _two((high >> 32).to(tl.int32), book)
-        found = tl.join(_row(zero, two, four, six), _row(one, three, five, seven))
+        words: tl.constexpr = KIND[1] // 2
+        table = tl.load(book.to(tl.pointer_type(tl.int32)) + tl.arange(0, words << KIND[2]))
+        place = code_XC * words
+        if words == 2:
+            place = tl.join(place, place + 1)
+        elif words == 4:
+            place = _row(place, place + 1, place + 2, place + 3)
+        low, high = _two(_looked_up(table, place, code_XC.shape[0]), book)
+        found = tl.join(low, high)
     return found
 
 
@@ -339,7 +342,7 @@ def neurons(
             neuron = tl.load(span) + tl.minimum(number, count - 1)
             z_XM = _values(
                 x, token, live, kinds, tables, kind, neuron, alpha, limit,
-                KINDS[kind], WIDTH, BIAS, GATING, CHUNK, WORDS, PRECISION,
+                KINDS, WIDTH, BIAS, GATING, CHUNK, WORDS, PRECISION,
             )  # fmt: skip
             if (GAIN is not None) and (kind == len(KINDS) - 1):
                 shared = tl.load(kinds + kind * ADDRESSES + 4).to(tl.int32)
@@ -370,11 +373,11 @@ def _values(
     live,
     kinds,
     tables,
-    kind,
+    kind: tl.constexpr,
     neuron,
     alpha,
     limit,
-    KIND: tl.constexpr,
+    KINDS: tl.constexpr,
     WIDTH: tl.constexpr,
     BIAS: tl.constexpr,
     GATING: tl.constexpr,
@@ -383,6 +386,7 @@ def _values(
     PRECISION: tl.constexpr,
 ):
     """Return the values of some neurons of one kind, (X, M), times their down rows' scales."""
+    KIND: tl.constexpr = KINDS[kind]
     codes: tl.constexpr = CHUNK // KIND[1]
     count: tl.constexpr = (WIDTH + KIND[0] - 1) // KIND[0]
     of_kind = kinds + kind * ADDRESSES
@@ -491,7 +495,7 @@ def down(
                     y_IM = _products(
                         y_IM, z, position, live, spans + (part * len(KINDS) + kind) * 3,
                         kinds, tables, kind, tile, from_block, to_block, z_width,
-                        KINDS[kind], WIDTH, NEURONS, COLUMNS, WORDS, PRECISION,
+                        KINDS, WIDTH, NEURONS, COLUMNS, WORDS, PRECISION,
                     )  # fmt: skip
             tl.store(
                 y_row + column[:, None],
@@ -509,12 +513,12 @@ def _products(
     span,
     kinds,
     tables,
-    kind,
+    kind: tl.constexpr,
     tile,
     from_block,
     to_block,
     z_width,
-    KIND: tl.constexpr,
+    KINDS: tl.constexpr,
     WIDTH: tl.constexpr,
     NEURONS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -522,6 +526,7 @@ def _products(
     PRECISION: tl.constexpr,
 ):
     """Add the products of a part's blocks of one kind between two blocks to ``y_IM``."""
+    KIND: tl.constexpr = KINDS[kind]
     codes: tl.constexpr = COLUMNS // KIND[1]
     of_kind = kinds + kind * ADDRESSES
     base, total = tl.load(of_kind), tl.load(of_kind + 4)
