@@ -56,8 +56,7 @@ class CodedTiles:
 
     ``rows`` of a tile and ``neurons`` of a block are common to both products. The first sums
     ``chunk`` numbers of a row at a time; the second makes ``columns`` of the output, and splits an
-    expert's neurons until there are about ``programs`` programs. By ``words`` entries of codebooks
-    of 16 bits a number are read as integers.
+    expert's neurons until there are about ``programs`` programs.
     """
 
     rows: int
@@ -69,7 +68,6 @@ class CodedTiles:
     down_warps: int
     down_stages: int
     programs: int = 512
-    words: int = 2
 
 
 CODED_BY_ROWS = (
@@ -78,7 +76,7 @@ CODED_BY_ROWS = (
     CodedTiles(64, 64, 128, 4, 1, 128, 4, 1),
     CodedTiles(128, 64, 128, 8, 1, 128, 8, 1),
 )
-CODED_IN_FP32 = CodedTiles(16, 16, 32, 4, 1, 32, 4, 1, programs=8, words=0)
+CODED_IN_FP32 = CodedTiles(16, 16, 32, 4, 1, 32, 4, 1, programs=8)
 MOST_SPLITS = 8
 
 

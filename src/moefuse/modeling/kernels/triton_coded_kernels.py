@@ -114,34 +114,6 @@ def _two(word, like):
 
 
 @triton.jit
-def _numbers_of_two(book, zero, one, two, three):
-    place = book.to(tl.pointer_type(tl.int32))
-    a0, b0 = _two(tl.load(place + zero), book)
-    a1, b1 = _two(tl.load(place + one), book)
-    a2, b2 = _two(tl.load(place + two), book)
-    a3, b3 = _two(tl.load(place + three), book)
-    return tl.join(_row(a0, a1, a2, a3), _row(b0, b1, b2, b3))
-
-
-@triton.jit
-def _numbers_of_four(place, zero, one, two, three, like):
-    """Return four numbers of each of four codes from where ``place`` (int64) points to."""
-    low_0, low_1 = tl.load(place + zero), tl.load(place + one)
-    low_2, low_3 = tl.load(place + two), tl.load(place + three)
-    a0, b0 = _two(low_0.to(tl.int32), like)
-    a1, b1 = _two(low_1.to(tl.int32), like)
-    a2, b2 = _two(low_2.to(tl.int32), like)
-    a3, b3 = _two(low_3.to(tl.int32), like)
-    c0, d0 = _two((low_0 >> 32).to(tl.int32), like)
-    c1, d1 = _two((low_1 >> 32).to(tl.int32), like)
-    c2, d2 = _two((low_2 >> 32).to(tl.int32), like)
-    c3, d3 = _two((low_3 >> 32).to(tl.int32), like)
-    return _row(
-        _row(a0, a1, a2, a3), _row(b0, b1, b2, b3), _row(c0, c1, c2, c3), _row(d0, d1, d2, d3)
-    )
-
-
-@triton.jit
 def _looked_up(table, code, ROWS: tl.constexpr):
     """Look codes of any shape up in a table by way of shared memory: (ROWS, the others)."""
     count: tl.constexpr = code.numel
@@ -169,38 +141,19 @@ def _gathered(book, code_XC, KIND: tl.constexpr):
 
 
 @triton.jit
-def _entries(book, word, KIND: tl.constexpr, WORDS: tl.constexpr):
-    """Return what the codes in words stand for, (X, 4 * words * V filled up).
-
-    By ``WORDS`` an entry of numbers of 16 bits is read as integers.
-    """
-    filled: tl.constexpr = KIND[1]
+def _entries(book, word, KIND: tl.constexpr):
+    """Return what the codes in words stand for, (X, 4 * words * V filled up)."""
     mask: tl.constexpr = (1 << KIND[2]) - 1
     zero, one = word & mask, (word >> KIND[2]) & mask
     two, three = (word >> (2 * KIND[2])) & mask, (word >> (3 * KIND[2])) & mask
-    if WORDS == 2:
-        codes = tl.reshape(_row(zero, one, two, three), [word.shape[0], word.shape[1] * 4])
-        found = _gathered(book, codes, KIND)
-    elif filled == 1:
-        found = _row(
-            tl.load(book + zero), tl.load(book + one), tl.load(book + two), tl.load(book + three)
-        )
-    elif WORDS == 0:
-        codes = tl.reshape(_row(zero, one, two, three), [word.shape[0], word.shape[1] * 4])
-        place = codes[:, :, None] * filled + tl.arange(0, filled)[None, None, :]
-        found = tl.load(book + place)
-    elif filled == 2:
-        found = _numbers_of_two(book, zero, one, two, three)
-    elif filled == 4:
-        place = book.to(tl.pointer_type(tl.int64))
-        found = _numbers_of_four(place, zero, one, two, three, book)
+    code_XC = tl.reshape(_row(zero, one, two, three), [word.shape[0], word.shape[1] * 4])
+    if book.dtype.element_ty.primitive_bitwidth == 16:
+        found = _gathered(book, code_XC, KIND)
+    elif KIND[1] == 1:
+        found = tl.load(book + code_XC)
     else:
-        place = book.to(tl.pointer_type(tl.int64))
-        low = _numbers_of_four(place, 2 * zero, 2 * one, 2 * two, 2 * three, book)
-        high = _numbers_of_four(place + 1, 2 * zero, 2 * one, 2 * two, 2 * three, book)
-        # (X, words, code, code, number, number, half): the half varies third fastest.
-        found = tl.permute(tl.join(low, high), 0, 1, 2, 3, 6, 4, 5)
-    return tl.reshape(found, [word.shape[0], word.shape[1] * 4 * filled])
+        found = tl.load(book + code_XC[:, :, None] * KIND[1] + tl.arange(0, KIND[1])[None, None, :])
+    return tl.reshape(found, [word.shape[0], word.shape[1] * 4 * KIND[1]])
 
 
 @triton.jit
@@ -311,7 +264,6 @@ def neurons(
     NEURONS: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
-    WORDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write the weighted values of every row's neurons, in order, block by block: ``z``.
@@ -342,7 +294,7 @@ def neurons(
             neuron = tl.load(span) + tl.minimum(number, count - 1)
             z_XM = _values(
                 x, token, live, kinds, tables, kind, neuron, alpha, limit,
-                KINDS, WIDTH, BIAS, GATING, CHUNK, WORDS, PRECISION,
+                KINDS, WIDTH, BIAS, GATING, CHUNK, PRECISION,
             )  # fmt: skip
             if (GAIN is not None) and (kind == len(KINDS) - 1):
                 shared = tl.load(kinds + kind * ADDRESSES + 4).to(tl.int32)
@@ -382,7 +334,6 @@ def _values(
     BIAS: tl.constexpr,
     GATING: tl.constexpr,
     CHUNK: tl.constexpr,
-    WORDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Return the values of some neurons of one kind, (X, M), times their down rows' scales."""
@@ -419,8 +370,8 @@ def _values(
             after = tl.where(first + codes < count, first + codes, first)
             gate_after = _words(packed, gate_row, after, count, KIND, codes)
             up_after = _words(packed, up_row, after, count, KIND, codes)
-            gate_XI = _entries(book, gate_word, KIND, WORDS)
-            up_XI = _entries(book, up_word, KIND, WORDS)
+            gate_XI = _entries(book, gate_word, KIND)
+            up_XI = _entries(book, up_word, KIND)
             gate_word, up_word = gate_after, up_after
         gate_XM = tl.dot(gate_XI, x_IM, gate_XM, input_precision=PRECISION)
         up_XM = tl.dot(up_XI, x_IM, up_XM, input_precision=PRECISION)
@@ -457,7 +408,6 @@ def down(
     NEURONS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
-    WORDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write what every row's neurons make of it, in pieces: ``y`` (pieces, rows, D).
@@ -495,7 +445,7 @@ def down(
                     y_IM = _products(
                         y_IM, z, position, live, spans + (part * len(KINDS) + kind) * 3,
                         kinds, tables, kind, tile, from_block, to_block, z_width,
-                        KINDS, WIDTH, NEURONS, COLUMNS, WORDS, PRECISION,
+                        KINDS, WIDTH, NEURONS, COLUMNS, PRECISION,
                     )  # fmt: skip
             tl.store(
                 y_row + column[:, None],
@@ -522,7 +472,6 @@ def _products(
     WIDTH: tl.constexpr,
     NEURONS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WORDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add the products of a part's blocks of one kind between two blocks to ``y_IM``."""
@@ -554,7 +503,7 @@ def _products(
             after = tl.minimum(block + 1, end - 1)
             down_X = tl.minimum(row_X + after * NEURONS, last) + 2 * total
             word_after = _words(packed, down_X, tile * codes, all_codes, KIND, codes)
-            down_XI = _entries(book, word, KIND, WORDS)
+            down_XI = _entries(book, word, KIND)
             word = word_after
         y_IM = tl.dot(tl.trans(down_XI), z_XM, y_IM, input_precision=PRECISION)
     return y_IM

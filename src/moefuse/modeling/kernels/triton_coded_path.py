@@ -242,7 +242,6 @@ class _Call:
             "ROWS": self.tiles.rows,
             "NEURONS": self.tiles.neurons,
             "PARTS": filled(self.experts),
-            "WORDS": self.tiles.words,
             "PRECISION": "ieee" if self.x_TD.dtype == torch.float32 else "tf32",
         }
 
