@@ -145,7 +145,7 @@ def trained_routing() -> Tensor:
     experts = [m for m in model.modules() if isinstance(m, DeepseekV2Experts)]
     middle = experts[len(experts) // 2]
     hook = middle.register_forward_hook(lambda _, given, __: found.append(given[1]))
-    text = "\n".join(document.text for document in corpus.load_documents(demo.heldout_path()))
+    text = "\n".join(document.text or "" for document in corpus.load_documents(demo.heldout_path()))
     tokens = tokenizer(text, return_tensors="pt").input_ids[0, :16_384]
     with torch.no_grad():
         for row in tokens.split(512):
@@ -272,7 +272,8 @@ def needed_packed(layer: NeuronExperts, index_TK: Tensor, itemsize: int) -> tupl
         operations += float((width_E[: len(rows)] * rows).sum()) * 6 * hidden
     if layer.shared is not None:
         moved += of_bytes(layer.shared) + of_bytes(layer.gain) * len(chosen) / layer.num_experts
-        operations += 6.0 * len(index_TK) * hidden * layer.shared.codes.shape[1]
+        shared: Any = layer.shared
+        operations += 6.0 * len(index_TK) * hidden * shared.codes.shape[1]
     return moved, operations
 
 
