@@ -270,9 +270,9 @@ def needed_packed(layer: NeuronExperts, index_TK: Tensor, itemsize: int) -> tupl
     for kind, width_E in zip(own, layer.widths.cpu(), strict=True):
         moved += of_bytes(kind) * float(width_E[chosen].sum() / width_E.sum())
         operations += float((width_E[: len(rows)] * rows).sum()) * 6 * hidden
-    if layer.shared is not None:
-        moved += of_bytes(layer.shared) + of_bytes(layer.gain) * len(chosen) / layer.num_experts
-        shared: Any = layer.shared
+    shared: Any = layer.shared
+    if shared is not None:
+        moved += of_bytes(shared) + of_bytes(layer.gain) * len(chosen) / layer.num_experts
         operations += 6.0 * len(index_TK) * hidden * shared.codes.shape[1]
     return moved, operations
 
