@@ -138,7 +138,8 @@ def measure(device: torch.device, groups: int, rank: int, grouping: str) -> dict
     whole = Profile(device)
     with whole.part("all"):
         with profile.part(f"group by {grouping}"):
-            group_of_expert = group_layer(statistics, experts, groups, grouping).to(device)
+            found = group_layer(statistics, experts, groups, grouping, x_SD=call.x_TD)
+            group_of_expert = found.to(device)
         made = choose.factor(
             experts, statistics, call, group_of_expert, LayerPlan(groups, rank, scale=True), options
         )

@@ -183,7 +183,8 @@ class LayerBench:
     def groups(self, count: int) -> Tensor:
         """Group the experts in the job's way, (E,)."""
         grouping = self.job.grouping.grouping
-        found = group_layer(self.statistics, self.experts, count, grouping)
+        x_SD = self.fit.x_TD
+        found = group_layer(self.statistics, self.experts, count, grouping, x_SD=x_SD)
         return found.to(self.job.device)
 
     def random_groups(self, count: int, draw: int) -> Tensor:

@@ -11,8 +11,8 @@ Each way of grouping is an affinity and a clustering (see ``mathematics``):
 - ``topk``: the experts chosen most often are centres, the others join the one that they were chosen
   together with most often.
 
-Multiplexed experts have the first, ``state`` and ``topk`` alone, and the first two of these make
-groups of equal size, or of sizes one apart.
+Multiplexed experts have ``coactivation``, ``state`` and ``topk`` alone, of which the first two then
+make groups of equal size, or of sizes one apart.
 """
 
 from collections.abc import Callable
