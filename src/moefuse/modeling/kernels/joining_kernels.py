@@ -45,18 +45,24 @@ def spread(source, token_of_place, places, out, width, COLUMNS: tl.constexpr):
 @triton.jit
 def _parts(gate, up, alpha, limit, GATING: tl.constexpr):
     """Return the factors of a neuron's value, of gate and of up, and the slope of each."""
+    of_up = up
+    up_slope = tl.full(up.shape, 1.0, tl.float32)
     if GATING == SILU:
         gain = tl.sigmoid(gate)
-        return gate * gain, up, gain * (1.0 + gate * (1.0 - gain)), 1.0
-    if GATING == GELU:
+        of_gate = gate * gain
+        gate_slope = gain * (1.0 + gate * (1.0 - gain))
+    elif GATING == GELU:
         gain = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-        density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-        return gate * gain, up, gain + gate * density, 1.0
-    held = tl.minimum(gate, limit)
-    gain = tl.sigmoid(held * alpha)
-    slope = tl.where(gate <= limit, gain + held * alpha * gain * (1.0 - gain), 0.0)
-    within = tl.where((up >= -limit) & (up <= limit), 1.0, 0.0)
-    return held * gain, tl.minimum(tl.maximum(up, -limit), limit) + 1.0, slope, within
+        of_gate = gate * gain
+        gate_slope = gain + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    else:
+        held = tl.minimum(gate, limit)
+        gain = tl.sigmoid(held * alpha)
+        of_gate = held * gain
+        gate_slope = tl.where(gate <= limit, gain + of_gate * alpha * (1.0 - gain), 0.0)
+        of_up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
+        up_slope = tl.where((up >= -limit) & (up <= limit), 1.0, 0.0)
+    return of_gate, of_up, gate_slope, up_slope
 
 
 @triton.jit
