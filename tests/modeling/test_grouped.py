@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numeric import BF16, assert_close
+from numeric import BF16
 from random_experts import Sizes, random_call, random_experts
 from test_fused_experts import KINDS, assert_like_the_slow_twin, gradients, layers
 from torch import Tensor
@@ -127,7 +127,7 @@ def test_bf16_differs_from_the_slow_twin_by_rounding(options: dict[str, Any]) ->
 
 
 @pytest.mark.usefixtures("between")
-@pytest.mark.parametrize("options", SMOOTH[-1:] + [{**KINDS[-1], "bias": True}])
+@pytest.mark.parametrize("options", [*SMOOTH[-1:], {**KINDS[-1], "bias": True}])
 def test_autocast_computes_in_its_dtype_and_returns_the_inputs(options: dict[str, Any]) -> None:
     module = small_experts(**options)
 

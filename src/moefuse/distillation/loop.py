@@ -90,7 +90,7 @@ def distill_layer(
 
 
 def _sent(rows: Tensor, device: torch.device) -> Tensor:
-    """Return ``rows`` on a device, which is not waited for: its steps follow one another gapless."""
+    """Return ``rows`` on a device that is not waited for; its steps follow without a gap."""
     if device.type != "cuda":
         return rows
     return rows.pin_memory().to(device, non_blocking=True)

@@ -69,7 +69,7 @@ def offered(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> T
             return None
         raise UserError(f"MOEFUSE_KERNELS is '{_setting}', but {why_not}.")
     if way == "grouped":
-        return grouped_path.forward(module, x_TD, index_TK, weight_TK)
+        return grouped_path.forward(module, x_TD, index_TK, weight_TK)  # type: ignore[reportCallIssue]
     return triton_path.forward(module, x_TD, index_TK, weight_TK, with_gradients=wanted)
 
 

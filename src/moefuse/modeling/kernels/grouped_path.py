@@ -90,23 +90,22 @@ def forward(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> T
     """Return the output of ``module``, (T, D), for which there is no ``obstacle``."""
     if not index_TK.numel():
         return module.plain_compute(x_TD, index_TK, weight_TK)
-    dtype, delta = computed_dtype(x_TD), module.delta
-    rows = rows_of(index_TK, module.group_of_expert, len(module.bases))
+    dtype, delta, bases = computed_dtype(x_TD), module.delta, module.bases
+    rows = rows_of(index_TK, module.group_of_expert, len(bases))
     source_TD = x_TD.to(dtype)
     x_PD = spread(source_TD, rows.token_P, rows.count, rows.once_TK)
-    gate_up = [base.gate_up_proj.weight for base in module.bases]
-    base_PF = product(x_PD, stacked(dtype, gate_up), rows.last_G)
+    gate_up_GFD = stacked(dtype, [base.gate_up_proj.weight for base in bases])
+    base_PF = product(x_PD, gate_up_GFD, rows.last_G)
     delta_NF = None
     if delta is not None:
         a_ERD, b_EFR = filled(delta.gate_up_a.to(dtype), delta.gate_up_b.to(dtype))
         delta_NF = product(inner_of_tokens(source_TD, a_ERD, rows), b_EFR, rows.last_E)
-    summed_PF, z_NF = join(
-        base_PF, delta_NF, module.scale, module.bias, weight_TK, rows, module.gating,
-        number_of(module.gating),
-    )  # fmt: skip
-    y_PD = product(summed_PF, stacked(dtype, [b.down_proj.weight for b in module.bases]), rows.last_G)
+    own = (module.scale, module.bias, weight_TK)
+    z_PF, z_NF = join(base_PF, delta_NF, *own, rows, module.gating, number_of(module.gating))
+    down_GDF = stacked(dtype, [base.down_proj.weight for base in bases])
+    y_PD = product(z_PF, down_GDF, rows.last_G)
     y_TD = collect(y_PD, rows.once_TK, rows.token_P, rows.count, torch.float32)
-    if z_NF is not None:
+    if delta is not None and z_NF is not None:
         a_ERF, b_EDR = filled(delta.down_a.to(dtype), delta.down_b.to(dtype))
         y_TD = y_TD + outer_by_token(product(z_NF, a_ERF, rows.last_E), b_EDR, rows)
     if module.down_bias is not None:
@@ -170,7 +169,7 @@ class _Stacked(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> Tensor:  # type: ignore[override]
         ctx.dtype = weights[0].dtype
         out_GOI = weights[0].new_empty(len(weights), *weights[0].shape, dtype=dtype)
-        torch._foreach_copy_(list(out_GOI.unbind(0)), list(weights))
+        torch._foreach_copy_(list(out_GOI.unbind(0)), list(weights))  # type: ignore[reportPrivateImportUsage]
         return out_GOI
 
     @staticmethod

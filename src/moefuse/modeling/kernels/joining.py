@@ -66,7 +66,7 @@ def rows_of(index_TK: Tensor, group_of_expert: Tensor, groups: int) -> Rows:
 
     group_TK = group_of_expert[index_TK]
     hit_GT = torch.zeros(groups, tokens, dtype=torch.bool, device=device)
-    hit_GT.scatter_(0, group_TK.T, True)  # noqa: FBT003
+    hit_GT.scatter_(0, group_TK.T, True)
     stop_GT = hit_GT.reshape(-1).cumsum(0, dtype=torch.int32).view(groups, tokens)
     last_G = stop_GT[:, -1].contiguous()
     pair_KT = stop_GT.gather(0, group_TK.T) - 1
@@ -162,7 +162,8 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, towards_TD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return _spread(towards_TD, *ctx.saved_tensors, ctx.dtype), None, None, None, None
+        token_S, places = ctx.saved_tensors
+        return _spread(towards_TD, token_S, places, ctx.dtype), None, None, None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -247,8 +248,7 @@ class _Join(torch.autograd.Function):
         base_PF, delta_NF, scale_EF, bias_EF, weight_TK = ctx.saved_tensors
         rows, (kind, alpha, limit) = ctx.rows, ctx.gating
         blocks = triton.cdiv(base_PF.shape[1] // 2, COLUMNS)
-        by_expert = any(ctx.needs_input_grad[2:4])
-        by_row = by_expert or ctx.needs_input_grad[1]
+        by_row = any(ctx.needs_input_grad[1:4])
         number = weight_TK.numel()
         base_grad = torch.empty_like(base_PF)
         h_grad = base_PF.new_empty(number, base_PF.shape[1]) if by_row else None
@@ -267,7 +267,7 @@ class _Join(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             weight_grad = parts.sum(0).view_as(weight_TK).to(weight_TK.dtype)
         gains = (None, None)
-        if by_expert:
+        if h_grad is not None and any(ctx.needs_input_grad[2:4]):
             gains = _gains(h_grad, base_PF, scale_EF, bias_EF, rows)
         delta_grad = h_grad if ctx.needs_input_grad[1] else None
         return base_grad, delta_grad, *gains, weight_grad, None, None

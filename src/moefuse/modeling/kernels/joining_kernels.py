@@ -1,4 +1,4 @@
-"""Triton kernels of what lies between the grouped products: gathers, gatings, sums, their gradients.
+"""Triton kernels of what lies between grouped products: gathers, gatings, sums, and gradients.
 
 A row is a (token, slot) pair in the order of its expert, a pair a (token, group) pair in the order
 of its group. Tables tell for every slot of a token its row and its pair. A program sums what it
