@@ -1,4 +1,4 @@
-"""Layer distillation where there is a GPU: nothing waits for it, and it gives the same bits twice."""
+"""Layer distillation where there is a GPU: no step waits for it, and bits are the same twice."""
 
 import copy
 from collections.abc import Iterator
