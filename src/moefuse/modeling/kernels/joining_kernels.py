@@ -19,7 +19,7 @@ from moefuse.modeling.kernels.triton_kernels import GELU, SILU
 def collect(
     source, place_of_slot, plus, out, width, top_k, PLUS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Sum rows of ``source`` for every token, those its slots name, -1 naming none, and ``plus``."""
+    """Sum ``plus`` and rows of ``source`` for every token: those its slots name, -1 naming none."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
