@@ -130,7 +130,7 @@ def fused_experts(
         index_TK.contiguous(),
         weight_TK.contiguous(),
         places_of(group_of_expert, len(down)),
-        tiles_for(number, len(down), x_TD.dtype),
+        tiles_for(number, len(down), intermediate, x_TD.dtype),
         "ieee" if x_TD.dtype == torch.float32 else "tf32",
     )
     scale, bias, down_bias = extras
