@@ -44,6 +44,8 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
         found = f"PyTorch {torch.__version__} has no grouped_mm; 2.10 has"
     elif dtype not in DTYPES:
         found = f"grouped products are in float32, bfloat16 and float16, not {dtype}"
+    elif not hasattr(module, "bases"):
+        found = "grouped products compute students of bases, not of own neurons"
     elif module.delta is not None and type(module.delta).__name__ != "LowRankDelta":
         found = "grouped products know low-rank deltas alone"
     elif (strange := _obstacle_of_weights(module, x_TD)) is not None:
