@@ -198,11 +198,14 @@ def test_running_twice_gives_the_same_bits(
             lambda module: setattr(module.bases[0], "down_proj", torch.nn.Identity()),
             "a base is a Identity",
         ),
+        (lambda module: module.__delattr__("bases"), "not of own neurons"),
+        (lambda module: module.__setattr__("bases", random_experts(Sizes()).bases), "16 bytes"),
     ],
 )
 def test_what_grouped_products_cannot_do_is_refused(change: Any, told: str) -> None:
-    module = random_experts(LAYER).to(DEVICE)
+    module = random_experts(LAYER)
     change(module)
+    module = module.to(DEVICE)
     call = [tensor.to(DEVICE) for tensor in random_call(LAYER)]
 
     with pytest.raises(UserError, match=f"MOEFUSE_KERNELS is 'grouped', but .*{told}"):

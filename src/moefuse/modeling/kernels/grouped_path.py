@@ -24,7 +24,7 @@ from moefuse.modeling.modeling_moefuse import weight_of_experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNED = 16
-"""Bytes that a row of every operand must be a multiple of on a GPU."""
+"""Bytes that a row of every operand must be a multiple of."""
 FILLED_RANK = 8
 DENSE_RANKS = 256
 """How many ranks of all experts together, for each expert that a token chooses, are few."""
@@ -52,20 +52,13 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
         found = strange
     elif x_TD.device.type not in ("cpu", "cuda"):
         found = f"the input is on {x_TD.device.type}"
-    elif x_TD.is_cuda:
-        found = _obstacle_on_gpu(module, dtype)
+    elif any(width * dtype.itemsize % ALIGNED for width in module.bases[0].down_proj.weight.shape):
+        found = f"rows of grouped products must be multiples of {ALIGNED} bytes"
+    elif x_TD.is_cuda and not INSTALLED:
+        found = "grouped products need Triton on a GPU"
+    elif x_TD.is_cuda and number_of(module.gating) is None:
+        found = "beside grouped products on a GPU are kernels for silu, gelu and gpt-oss's gating"
     return found
-
-
-def _obstacle_on_gpu(module: Any, dtype: torch.dtype) -> str | None:
-    down: Any = module.bases[0].down_proj
-    if not INSTALLED:
-        return "grouped products need Triton on a GPU"
-    if number_of(module.gating) is None:
-        return "beside grouped products on a GPU are kernels for silu, gelu and gpt-oss's gating"
-    if any(width * dtype.itemsize % ALIGNED for width in (down.in_features, down.out_features)):
-        return f"on a GPU rows of grouped products must be multiples of {ALIGNED} bytes"
-    return None
 
 
 def _obstacle_of_weights(module: Any, x_TD: Tensor) -> str | None:
