@@ -1,8 +1,9 @@
 """A fused student's tensors, for llama.cpp with moefuse's patch (``integrations/llama.cpp``).
 
-Every projection has its bases once, one for each group, and beside them what is each expert's own::
+Every projection has its bases once, one for each group, and beside them what is each expert's own.
+Expert e of group g, chosen with weight w, adds::
 
-    scale_e * (W_g(e) x) + B_e A_e x + bias_e
+    down_g z + B'_e A'_e z,    z = w * glu(scale_e * (gate_up_g x) + B_e A_e x + bias_e)
 
 The stock engine refuses such a file: it looks for a matrix for every expert. Shapes as in
 ``modeling_moefuse``: E experts, G groups, D hidden width, F neurons of an expert, R rank.
@@ -28,7 +29,6 @@ OWN = {
     "delta.down_b": "ffn_down_exps.delta_b",
     "scale": "ffn_gate_up_exps.expert_scale",
     "bias": "ffn_gate_up_exps.expert_bias",
-    "down_bias": "ffn_down_exps.expert_bias",
 }
 """What is one expert's own: the engine's names by those of ``FusedExperts``' parameters."""
 
@@ -54,7 +54,7 @@ class FusedLayout(Layout):
         """Yield a layer's bases, (G, 2F, D) and (G, D, F), what is its experts' own, and the map.
 
         Of gate and up those of the gate come first. Own are, as far as there are any, deltas A
-        (E, R, D) and (E, R, F), B (E, 2F, R) and (E, D, R), scales (E, 2F), biases (E, 2F), (E, D).
+        (E, R, D) and (E, R, F), B (E, 2F, R) and (E, D, R), scales and biases (E, 2F).
         """
         prefix, tensors, read = self._routed(layer), self.reader.tensors, self.reader.read
         groups = self.reader.plans[layer].groups

@@ -73,8 +73,8 @@ def export_gguf(
     A fused student's keeps its bases shared, and needs the engine that ``make llama-cpp`` builds.
     ``quant`` is auto (as stored), F32, F16, BF16, Q8_0, or whatever llama.cpp quantises to, such
     as Q4_K_M, for which llama-cpp-python must be installed; a fused student's deltas, scales and
-    biases are then in F16. Raises ``UserError`` before any work
-    for what llama.cpp cannot run.
+    biases are in F16 where its bases are quantised. Raises ``UserError`` before any work for what
+    llama.cpp cannot run.
     """
     out = Path(out)
     _check_out(out, overwrite=overwrite)
@@ -372,5 +372,8 @@ def render_gguf(result: GgufResult) -> str:
         f"{result.out}: {result.bytes / 1e6:.1f} MB, {result.quant} (stored as {kinds}), "
         f"pre-tokenizer {result.pre_tokenizer!r}."
     )
-    needs = "Its bases are shared: it needs llama.cpp with moefuse's patch ('make llama-cpp')."
+    needs = (
+        "Its bases are shared, which llama.cpp runs with moefuse's patch: 'make llama-cpp' in "
+        "moefuse's repository builds it."
+    )
     return f"{told}\n{needs}" if result.fused else told
