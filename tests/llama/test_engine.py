@@ -1,4 +1,4 @@
-"""Files that moefuse writes, in the stock engine: the same tokens as Transformers in f32."""
+"""Plain files that moefuse writes, in the engine: the same tokens as Transformers in f32."""
 
 import math
 from pathlib import Path
