@@ -76,15 +76,11 @@ def main(
 ) -> None:
     """Compare, and keep the report."""
     values = {"device": device, "dtype": "float32", "data": str(demo.calibration_path())}
-    for wishes in rounds():
-        found = compare(
-            checkpoint or demo.teacher_path(),
-            out,
-            values,
-            wishes,
-            held_out=str(demo.heldout_path()),
-            part=part,
-        )
+    teacher, held_out = checkpoint or demo.teacher_path(), str(demo.heldout_path())
+    *earlier, last = rounds()
+    for wishes in earlier:
+        compare(teacher, out, values, wishes, held_out=held_out, part=part)
+    found = compare(teacher, out, values, last, held_out=held_out, part=part)
     if not found.missing:
         kept = RESULTS / name
         kept.mkdir(parents=True, exist_ok=True)

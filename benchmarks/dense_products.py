@@ -25,15 +25,19 @@ def multiply_densely(model: nn.Module) -> nn.Module:
     """Let all experts below ``model`` that are known here multiply densely; returns ``model``."""
     for module in model.modules():
         if isinstance(module, FusedExperts):
-            module.forward = partial(_fused, module)
+            _replace(module, partial(_fused, module))
         elif isinstance(module, TrainedNeuronExperts):
             experts = torch.arange(module.num_experts, device=module.widths.device)
             expert_M = experts.expand_as(module.widths).flatten()
             expert_M = expert_M.repeat_interleave(module.widths.flatten())
-            module.forward = partial(_neurons, module, expert_M)
+            _replace(module, partial(_neurons, module, expert_M))
         elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
-            module.forward = partial(_native, module)
+            _replace(module, partial(_native, module))
     return model
+
+
+def _replace(module: Any, forward: Callable[..., Tensor]) -> None:
+    module.forward = forward
 
 
 def dense_experts(

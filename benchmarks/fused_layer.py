@@ -118,7 +118,7 @@ def trained_routing() -> Tensor:
     experts = [m for m in model.modules() if isinstance(m, DeepseekV2Experts)]
     middle = experts[len(experts) // 2]
     hook = middle.register_forward_hook(lambda _, given, __: found.append(given[1]))
-    text = "\n".join(document.text for document in corpus.load_documents(demo.heldout_path()))
+    text = "\n".join(document.text or "" for document in corpus.load_documents(demo.heldout_path()))
     tokens = tokenizer(text, return_tensors="pt").input_ids[0, :16_384]
     with torch.no_grad():
         for row in tokens.split(512):

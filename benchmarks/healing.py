@@ -74,7 +74,9 @@ HELD_OUT_TOKENS = 12_288
 CURVE_TOKENS = 8192
 GENTLY = {"code_rate": 1e-4, "rate": 2e-5, "router_rate": 2e-5}
 """Rates of low-bit students, which have little left to heal; docs/research.md, section 16."""
-COLOURS = dict(zip(METHODS, ("#2a6f97", "#7b2d8b", "#c8553d", "#588157"), strict=True))
+COLOURS: dict[str, str] = dict(
+    zip(METHODS, ("#2a6f97", "#7b2d8b", "#c8553d", "#588157"), strict=True)
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Bench:
             multiply_densely(model)
         log = train(
             model,
-            LiveTeacher(self.teacher),
+            LiveTeacher(self.teacher, job.reader.family),
             self.text,
             job.reader.family,
             replace(self.options, **(GENTLY if cell.method == NEURONS else {})),

@@ -90,7 +90,7 @@ def measure(path: Path, texts: Path, method: str) -> dict[str, float]:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     before = psutil.Process().memory_info().rss
-    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     memory = psutil.Process().memory_info().rss - before
     prompt = torch.arange(5, 21)[None]
     start = time.perf_counter()

@@ -148,7 +148,7 @@ def table(rows: list[Measured]) -> str:
 
 def main() -> None:
     """Measure what the command line names, one after another."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 16])

@@ -66,7 +66,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Compare what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("students", nargs="+", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)

@@ -201,7 +201,7 @@ def thinned(samples: list[Any], held: Callable[[Any], int]) -> Iterator[Any]:
 
 def stage_seconds(samples: list[Any]) -> dict[str, float]:
     """Return the wall time of every stage; samples have ``stage`` and ``seconds``."""
-    spent = dict.fromkeys(STAGES, 0.0)
+    spent: dict[str, float] = dict.fromkeys(STAGES, 0.0)
     for before, after in pairwise(samples):
         spent[before.stage] += after.seconds - before.seconds
     return spent

@@ -6,6 +6,7 @@ of the training lie beside the output until it is written, so that an interrupte
 it was.
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -164,6 +165,7 @@ class HealJob:
         self.record = read_record(self.student) if has_record else None
         self.device = choose_device(self.compute.device)
         self.mixed = self._computes_in_bf16()
+        read_weights_in_every_process()
         self.process = PartialState(cpu=self.device == "cpu")
         if (teacher is None) == (teacher_cache is None):
             raise UserError("Give one of --teacher and --teacher-cache; healing needs a teacher.")
@@ -404,6 +406,15 @@ class HealJob:
             cached=cached,
             compares=judge is None or judge.teacher is not None,
         )
+
+
+def read_weights_in_every_process() -> None:
+    """Undo what ``accelerate launch --use_fsdp`` asks for: that only the first process reads any.
+
+    Of the others the teacher would then predict from empty memory, and accelerate 1.15 cannot send
+    them a student's buffers.
+    """
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def _family(config: Mapping[str, Any]) -> Family:

@@ -5,16 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from numeric import assert_close
 from running import write_jsonl, write_text
 from safetensors.torch import load_file, save_file
-from several import shard
 from tiny import save_tiny, tiny_model
 from transformers import PreTrainedModel
 
@@ -77,16 +78,18 @@ def usual(folder: Path) -> list[dict[str, Any]]:
 # Several processes.
 
 
-def launch(log: Path, *arguments: str | Path) -> None:
-    """Run ``several.py`` in two processes, each on one thread."""
+def started(log: Path, *arguments: str | Path, **more: str) -> subprocess.Popen[bytes]:
+    """Start ``several.py`` in two processes, each on one thread."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, SEVERAL, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     with log.open("w") as words:
-        ran = subprocess.run(
-            command, env=environment, stdout=words, stderr=words, timeout=240, check=False
-        )
-    assert ran.returncode == 0, log.read_text()
+        return subprocess.Popen(command, env=environment, stdout=words, stderr=words)
+
+
+def launch(log: Path, *arguments: str | Path, **more: str) -> None:
+    """Run ``several.py`` to its end."""
+    assert started(log, *arguments, **more).wait(timeout=240) == 0, log.read_text()
 
 
 def test_two_processes_have_the_loss_curve_of_one(
@@ -114,18 +117,43 @@ def test_accumulated_batches_have_the_loss_curve_of_whole_ones(
     assert found == pytest.approx(losses_of(usual), rel=1e-4)
 
 
-def test_sharded_it_is_the_same(folder: Path, tmp_path: Path) -> None:
-    """FSDP 2 itself on two CPUs, since accelerate refuses to use it without GPUs."""
-    given = (folder / "student", folder / "teacher", folder / "text.txt")
-    shard(*given, tmp_path / "1")
-    launch(tmp_path / "log", "shard", *given, tmp_path / "2")
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+"""What ``accelerate launch --use_fsdp --fsdp_version 2`` sets."""
 
-    one, two = (json.loads((tmp_path / n / "losses.json").read_text()) for n in "12")
-    assert two == pytest.approx(one, rel=1e-4)
-    alone, gathered = (load_file(tmp_path / n / "state.safetensors") for n in "12")
-    assert {n: t.shape for n, t in alone.items()} == {n: t.shape for n, t in gathered.items()}
-    for name, tensor in alone.items():
-        assert_close(gathered[name].float(), tensor.float(), tolerance=0.02)
+
+def test_sharded_by_accelerate_it_is_the_same_and_goes_on_after_a_kill(
+    folder: Path, usual: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    flags = [f"--{n.replace('_', '-')}={v}" for n, v in {**HEAL, "batch_size": 4}.items()]
+    given = ("--teacher", folder / "teacher", "--data", folder / "text.txt", *flags)
+
+    def command(out: str) -> tuple[str | Path, ...]:
+        return ("sharded", "heal", folder / "student", tmp_path / out, *given)
+
+    launch(tmp_path / "log", *command("out"), **FSDP)
+    killed = started(tmp_path / "killed.log", *command("again"), **FSDP)
+    while not list(tmp_path.glob(f"again.work/*/checkpoint-4/{COMPLETE}")):
+        assert killed.poll() is None, (tmp_path / "killed.log").read_text()
+        time.sleep(0.01)
+    for process in (*psutil.Process(killed.pid).children(recursive=True), killed):
+        process.kill()
+    killed.wait()
+    assert not (tmp_path / "again").exists()
+    launch(tmp_path / "again.log", *command("again"), **FSDP)
+
+    log = json.loads((tmp_path / "out" / HEALING).read_text())["log"]
+    assert losses_of(log) == pytest.approx(losses_of(usual), rel=1e-4)
+    one, two, again = map(tensors_of, (folder / "usual", tmp_path / "out", tmp_path / "again"))
+    for name, tensor in one.items():
+        assert_close(two[name].float(), tensor.float(), tolerance=0.02)
+        assert torch.equal(two[name], again[name])
 
 
 # What must not change the result, and what may a little.
@@ -146,6 +174,20 @@ def test_measuring_on_the_way_changes_nothing(
     assert losses_of(found) == losses_of(usual)
     whole = tensors_of(folder / "usual")
     assert all(torch.equal(whole[n], t) for n, t in tensors_of(tmp_path / "out").items())
+
+
+def test_the_size_of_batches_does_not_change_what_is_measured(folder: Path, tmp_path: Path) -> None:
+    """The Trainer takes a mean over batches, the last of which is smaller."""
+    sizes = {"held_out": folder / "held.jsonl", "eval_steps": 9, "save_steps": 100}
+    measured = [
+        next(
+            line["eval_loss"]
+            for line in healed(folder, tmp_path / str(rows), batch_size=rows, **more, **sizes)
+            if "eval_loss" in line
+        )
+        for rows, more in ((8, {}), (3, {}), (2, {"accumulate": 4}))
+    ]
+    assert measured == pytest.approx([measured[0]] * 3, rel=1e-5)
 
 
 def test_mixed_precision_runs_on_a_cpu(

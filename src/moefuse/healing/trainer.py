@@ -9,7 +9,7 @@ Shape suffixes: B rows, S tokens in a row, T tokens that count, D hidden width.
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,42 @@ class HealingTrainer(Trainer):
         if learns or self.source.knows_all:
             return self.source, self.options
         return NoTeacher(), replace(self.options, forward_kl=0.0, cross_entropy=1.0)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Log and return ``eval_loss``: the mean loss over the tokens of held-out text that count.
+
+        The Trainer's own is a mean over batches, of which the last may be small or filled up, so
+        that it would change with the size of batches and the number of processes.
+        """
+        model: Any = self.model
+        model.eval()
+        total_2 = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for batch, counts in self._held_out_batches():
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=1)
+            if counts:
+                predicted = (batch["shift_labels"] != IGNORED).sum()
+                total_2 += torch.stack([loss.double(), predicted.to(loss.device)])
+        whole_2: Any = self.accelerator.reduce(total_2)
+        loss, predicted = whole_2.tolist()
+        metrics: dict[str, float] = {"eval_loss": loss / self.accelerator.num_processes / predicted}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _held_out_batches(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """Yield this process's batches of held-out text, and whether each counts.
+
+        A process that has run out of rows goes along with one that does not count, because a
+        sharded model computes only where all processes do.
+        """
+        rows: Any = self.eval_dataset
+        size, process = self.args.per_device_eval_batch_size, self.accelerator.process_index
+        for start in range(0, len(rows), size * self.accelerator.num_processes):
+            mine = range(len(rows))[start + process * size :][:size]
+            yield collate([rows[row] for row in mine] or [rows[0]]), bool(mine)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
