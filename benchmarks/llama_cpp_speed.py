@@ -34,10 +34,9 @@ from moefuse.export.assemble import assemble
 from moefuse.export.gguf.write import export_gguf
 from moefuse.sizes import LayerPlan, make_experts
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS / "llama"), str(TESTS)]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from together import Together  # noqa: E402
+from llama.together import Together
 
 RESULTS = Path(__file__).parent / "results/llama_cpp"
 QUANTS = ("F16", "Q8_0", "Q4_K_M")
@@ -148,7 +147,13 @@ def measure(
                 _, made = timed(engine, PROMPT, given.new)
                 if number:  # the first round warms up
                     found.append((read, made))
-    return [tuple(map(statistics.median, zip(*found, strict=True))) for found in rounds]  # type: ignore[misc]
+    return [medians(found) for found in rounds]
+
+
+def medians(found: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the medians of what was measured in pairs."""
+    read, made = zip(*found, strict=True)
+    return statistics.median(read), statistics.median(made)
 
 
 def compare(model: str, given: argparse.Namespace) -> Iterator[Row]:
@@ -202,7 +207,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    told = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    told = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     told.add_argument("--models", nargs="+", default=list(FORMS), choices=list(FORMS))
     told.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     told.add_argument("--rounds", type=int, default=5)
