@@ -10,8 +10,13 @@ On a GPU whatever can be captured is timed as a CUDA graph that calls several co
 turn, as a model's layers follow each other, so that no weight is found in the cache; what waits for
 the host (marked *) is timed call by call. Every figure is the median of several, spread beside it.
 
+With ``--form packed`` the layer is one of own neurons at few bits instead of shared bases: all
+neurons at 2, 3 or 4 bits, or ``mix``, half as many neurons (experts have from a quarter to three
+quarters of them) at 1.33, 2 and 4 bits and 128 shared ones.
+
     python benchmarks/fused_layer.py
     python benchmarks/fused_layer.py --device cuda --tokens 1 8 32 128 512 2048 8192
+    python benchmarks/fused_layer.py --device cuda --form packed --tokens 1 8 32 128 512 8192
 """
 
 import argparse
@@ -34,13 +39,33 @@ from moefuse.artifacts import write_json, write_text
 from moefuse.evaluation.machine import machine_meta
 from moefuse.evaluation.run import load_model
 from moefuse.modeling import kernels
-from moefuse.modeling.modeling_moefuse import FusedExperts, PlainGating
+from moefuse.modeling.modeling_moefuse import CodedRows, FusedExperts, NeuronExperts, PlainGating
 
 SHAPES = {"lite": (2048, 1408, 64, 6), "v3": (7168, 2048, 256, 8)}
 """D, F, E, K of DeepSeek-Coder-V2-Lite's and of DeepSeek-V3's layers."""
 ORIGINALS = ("eager", "batched_mm", "grouped_mm")
 CACHE_BYTES = 400e6
 REPEATS = 15
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How many of an expert's neurons have how many bits, as shares of F, and shared ones.
+
+    ``uneven``: some experts have half as many of each and others half as many again."""
+
+    shares: dict[str, float]
+    shared: int = 0
+    uneven: bool = False
+
+
+PACKED = {
+    "2": Packed({"2": 1.0}),
+    "3": Packed({"3": 1.0}),
+    "4": Packed({"4": 1.0}),
+    "mix": Packed({"1.33": 0.25, "2": 0.125, "4": 0.125}, shared=128, uneven=True),
+}
+SHARED_BITS, GAIN_BITS = "2", "4"
 MOST_GATHERED = 8e9
 """Bytes of weights that the batched way may copy for its rows; beyond, it is left out."""
 Call = tuple[Tensor, Tensor, Tensor]
@@ -48,13 +73,15 @@ Call = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Cell:
-    """One size: a shape's name, G, R, tokens and where the routing comes from."""
+    """One size: a shape's name, G, R, tokens, where the routing comes from; a name in ``PACKED``
+    instead of G and R."""
 
     shape: str
     groups: int
     rank: int
     tokens: int
     routing: str
+    packed: str = ""
 
 
 class Clock:
@@ -153,6 +180,39 @@ def make_fused(cell: Cell, device: str, dtype: torch.dtype) -> FusedExperts:
     return made.requires_grad_(False)
 
 
+def make_packed(cell: Cell, device: str, dtype: torch.dtype) -> NeuronExperts:
+    """Make the layer of own neurons at few bits, with random codes."""
+    hidden, intermediate, experts, _ = SHAPES[cell.shape]
+    form = PACKED[cell.packed]
+    factor_E = torch.ones(experts)
+    if form.uneven:
+        factor_E = torch.linspace(0.5, 1.5, experts)[torch.randperm(experts)]
+    rows = [(factor_E * share * intermediate).int() for share in form.shares.values()]
+    with torch.device(device):
+        made = NeuronExperts(
+            hidden,
+            experts,
+            PlainGating(nn.functional.silu),
+            neurons={b: int(n.sum()) for b, n in zip(form.shares, rows, strict=True)},
+            shared=form.shared,
+            shared_bits=SHARED_BITS,
+            gain_bits=GAIN_BITS,
+        ).to(dtype)
+    made.widths.copy_(torch.stack(rows))
+    for part in made.modules():
+        if isinstance(part, CodedRows):
+            part.codes.random_(256)
+            part.codebook.data.normal_()
+            part.scale.data.fill_(0.02)
+    return made.requires_grad_(False)
+
+
+def make_layer(cell: Cell, device: str, dtype: torch.dtype) -> FusedExperts | NeuronExperts:
+    """Make the layer of a cell with random weights."""
+    make = make_packed if cell.packed else make_fused
+    return make(cell, device, dtype)
+
+
 def make_original(cell: Cell, device: str, dtype: torch.dtype) -> Any:
     """Make the original experts; their implementation is chosen by their configuration."""
     hidden, intermediate, experts, _ = SHAPES[cell.shape]
@@ -185,8 +245,10 @@ class Dense(nn.Module):
         return self.down(nn.functional.silu(gate) * up)
 
 
-def needed(cell: Cell, index_TK: Tensor, itemsize: int) -> tuple[float, float]:
+def needed(cell: Cell, layer: nn.Module, index_TK: Tensor, itemsize: int) -> tuple[float, float]:
     """Count the bytes that must move and the operations that must be done."""
+    if isinstance(layer, NeuronExperts):
+        return needed_packed(layer, index_TK, itemsize)
     hidden, intermediate, _, _ = SHAPES[cell.shape]
     group_TK = index_TK % cell.groups
     pairs = sum(len(row.unique()) for row in group_TK.cpu())
@@ -198,9 +260,27 @@ def needed(cell: Cell, index_TK: Tensor, itemsize: int) -> tuple[float, float]:
     return moved * itemsize, 2.0 * (pairs * base + rows * delta)
 
 
-def of_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's parameters."""
-    return sum(parameter.nbytes for parameter in module.parameters())
+def needed_packed(layer: NeuronExperts, index_TK: Tensor, itemsize: int) -> tuple[float, float]:
+    """Count the same of own and shared neurons: those of the chosen experts, as they are stored."""
+    chosen, rows = index_TK.cpu().unique(), torch.bincount(index_TK.cpu().flatten())
+    own: list[Any] = list(layer.own.values())
+    hidden = own[0].width
+    moved = 2.0 * len(index_TK) * hidden * itemsize
+    operations = 0.0
+    for kind, width_E in zip(own, layer.widths.cpu(), strict=True):
+        moved += of_bytes(kind) * float(width_E[chosen].sum() / width_E.sum())
+        operations += float((width_E[: len(rows)] * rows).sum()) * 6 * hidden
+    shared: Any = layer.shared
+    if shared is not None:
+        moved += of_bytes(shared) + of_bytes(layer.gain) * len(chosen) / layer.num_experts
+        operations += 6.0 * len(index_TK) * hidden * shared.codes.shape[1]
+    return moved, operations
+
+
+def of_bytes(module: nn.Module | None) -> int:
+    """Return the bytes of a module's parameters and codes."""
+    assert module is not None
+    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
 
 
 def measure(
@@ -208,14 +288,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time all ways of one cell."""
     call = make_call(cell, routed, clock.device, dtype)
-    layer = make_fused(cell, clock.device, dtype)
+    layer = make_layer(cell, clock.device, dtype)
     size = of_bytes(layer)
     copies = max(1, min(12, round(CACHE_BYTES / size))) if clock.cuda and cell.tokens <= 512 else 1
-    layers = [layer] + [make_fused(cell, clock.device, dtype) for _ in range(copies - 1)]
+    layers = [layer] + [make_layer(cell, clock.device, dtype) for _ in range(copies - 1)]
     ways: dict[str, list[Callable[[], Any]]] = {}
 
     def fused_way(setting: str) -> list[Callable[[], Any]]:
-        def run(module: FusedExperts) -> None:
+        def run(module: nn.Module) -> None:
             kernels.use(setting)
             module(*call)
 
@@ -239,7 +319,7 @@ def measure(
     dense = [Dense(hidden, width).to(clock.device, dtype) for _ in layers]
     ways["dense, equal bytes"] = [lambda module=module: module(call[0]) for module in dense]
 
-    moved, operations = needed(cell, call[1], call[0].element_size())
+    moved, operations = needed(cell, layer, call[1], call[0].element_size())
     rows = []
     with torch.no_grad():
         for way, calls in ways.items():
@@ -267,6 +347,9 @@ def cells(given: argparse.Namespace) -> list[Cell]:
     """List the cells asked for: all sizes at G = 8 and R = 8, other G and R at 32 tokens."""
     found = []
     for shape, tokens in itertools.product(given.shapes, given.tokens):
+        if given.form == "packed":
+            found += [Cell(shape, 0, 0, tokens, "uniform", name) for name in given.bits]
+            continue
         routings = ("trained", "uniform") if shape == "lite" else ("uniform",)
         found += [Cell(shape, 8, 8, tokens, routing) for routing in routings]
         if tokens == given.others_at:
@@ -279,7 +362,7 @@ def render(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return the results as Markdown."""
     bandwidth, rate = meta["copy_bytes_per_second"], meta["matrix_operations_per_second"]
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    names = ["shape", "G", "R", "tokens", "routing", "floor", *ways]
+    names = ["shape", "G", "R", "tokens", "routing", "bits", "floor", *ways]
     names += ["best fused / floor", "best original / best fused"]
     lines = [
         "# The fused layer's speed",
@@ -306,7 +389,7 @@ def render(meta: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-CELL = ("shape", "groups", "rank", "tokens", "routing")
+CELL = ("shape", "groups", "rank", "tokens", "routing", "packed")
 
 
 def _time(row: dict[str, Any] | None, kind: str) -> str:
@@ -324,13 +407,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 128, 512])
     parser.add_argument("--shapes", nargs="+", default=["lite"], choices=sorted(SHAPES))
+    parser.add_argument("--form", default="bases", choices=("bases", "packed"))
+    parser.add_argument("--bits", nargs="+", default=list(PACKED), choices=list(PACKED))
     parser.add_argument("--groups", type=int, nargs="*", default=[16, 4, 2, 1])
     parser.add_argument("--ranks", type=int, nargs="*", default=[0, 32, 128])
     parser.add_argument("--others-at", type=int, default=32, help="tokens at which G and R vary")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
-    clock, routed = Clock(given.device), trained_routing()
+    clock = Clock(given.device)
+    routed = trained_routing() if given.form == "bases" else None
     wanted = cells(given)
     bandwidth, rate = clock.copy_bandwidth(), matrix_rate(dtype, given.device)
     originals: dict[str, Any] = {}
@@ -347,7 +433,8 @@ def main() -> None:
         )
         print(f"{cell}: {told} us", flush=True)
     meta = machine_meta(
-        f"python benchmarks/fused_layer.py --device {given.device} --dtype {given.dtype}",
+        f"python benchmarks/fused_layer.py --device {given.device} --dtype {given.dtype} "
+        f"--form {given.form}",
         device=given.device,
         kind=torch.device(given.device).type,
         dtype=given.dtype,
@@ -355,7 +442,8 @@ def main() -> None:
         copy_bytes_per_second=bandwidth,
         matrix_operations_per_second=rate,
     )
-    name = f"fused_layer-{torch.device(given.device).type}-{given.dtype}"
+    layer = "fused_layer" if given.form == "bases" else "packed_layer"
+    name = f"{layer}-{torch.device(given.device).type}-{given.dtype}"
     write_json(given.out / f"{name}.json", {"meta": meta, "rows": rows})
     write_text(given.out / f"{name}.md", render(meta, rows))
     print(render(meta, rows))

@@ -1,6 +1,5 @@
 """Triton's kernels against the slow twin: interpreted on a CPU, compiled where there is a GPU."""
 
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -11,44 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from numeric import BF16, assert_close
 from random_experts import Sizes, random_call, random_experts
 from test_fused_experts import KINDS, assert_like_the_slow_twin, layers
-from torch import Tensor
+from triton_ways import DEVICE, DTYPES, by_triton, poisoned, triton_forward  # noqa: F401
 
 from moefuse.errors import UserError
-from moefuse.modeling import FusedExperts, kernels, modeling_moefuse
+from moefuse.modeling import kernels, modeling_moefuse
 from moefuse.modeling.kernels import triton_path
 from moefuse.modeling.naive import naive_forward
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter multiplies bfloat16 as the integers that its bits are.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-
-
-@pytest.fixture(autouse=True)
-def by_triton() -> Iterator[None]:
-    kernels.use("triton")
-    yield
-    kernels.use("auto")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill whatever is allocated without a value with NaN."""
-
-    def poison(make: Any) -> Any:
-        def made(*given: Any, **options: Any) -> Tensor:
-            tensor = make(*given, **options)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return made
-
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
-
-
-def triton_forward(module: FusedExperts, x_TD: Tensor, index_TK: Tensor, w_TK: Tensor) -> Tensor:
-    assert module.fast_compute is kernels.offered
-    on_device = module.to(DEVICE)
-    return on_device(x_TD.to(DEVICE), index_TK.to(DEVICE), w_TK.to(DEVICE)).cpu()
+pytestmark = pytest.mark.usefixtures("by_triton", "poisoned")
 
 
 @given(layers())

@@ -104,7 +104,7 @@ def gating_of(native: Any, settings: dict[str, Any] | None) -> Any:
 def installed_kernels() -> Callable[..., Tensor | None] | None:
     """Find kernels that an installed package offers by the entry point ``moefuse.kernels``.
 
-    They take a ``FusedExperts`` and its call, and return its output, or None to have it computed
+    They take fused experts and their call, and return its output, or None to have it computed
     plainly. A package that is named but cannot be found is as good as not installed; one that lacks
     a part of itself is broken, and says so.
     """
@@ -209,8 +209,10 @@ class OpaqueExperts(nn.Module):
     How many rows an expert gets is known only when it runs, so a graph that must be whole, as
     vLLM's has to be, cannot hold what ``compute`` does. Without gradients ``forward`` is therefore
     one operator when compiled; ``number`` tells it which module it stands for. With gradients, and
-    where nothing is compiled, ``compute`` is called.
+    where nothing is compiled, ``compute`` is called, which asks ``fast_compute`` first.
     """
+
+    fast_compute: Callable[..., Tensor | None] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,6 +229,16 @@ class OpaqueExperts(nn.Module):
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the routed experts' output; see ``forward``."""
+        if self.fast_compute is not None:
+            y_TD = self.fast_compute(self, hidden_states, top_k_index, top_k_weights)
+            if y_TD is not None:
+                return y_TD
+        return self.plain_compute(hidden_states, top_k_index, top_k_weights)
+
+    def plain_compute(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Return the routed experts' output with PyTorch alone."""
         raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -315,14 +327,6 @@ class FusedExperts(OpaqueExperts):
         for base in self.bases:
             for linear in base.children():
                 nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
-
-    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the routed experts' output; see ``forward``."""
-        if self.fast_compute is not None:
-            y_TD = self.fast_compute(self, hidden_states, top_k_index, top_k_weights)
-            if y_TD is not None:
-                return y_TD
-        return self.plain_compute(hidden_states, top_k_index, top_k_weights)
 
     def plain_compute(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -646,6 +650,7 @@ class NeuronExperts(OpaqueExperts):
         super().__init__()
         self.num_experts = experts
         self.gating = gating
+        self.fast_compute = installed_kernels()
         # A saved configuration has its keys in the order of the alphabet, 16 before 2.
         self.own = nn.ModuleDict(
             {own_name(bits): make_rows(bits, 3, neurons[bits], hidden) for bits in by_bits(neurons)}
@@ -664,8 +669,10 @@ class NeuronExperts(OpaqueExperts):
             if isinstance(module, PlainRows):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the routed experts' output; see ``forward``."""
+    def plain_compute(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Return the routed experts' output with PyTorch alone."""
         y_TD = torch.zeros_like(hidden_states, dtype=torch.float32)
         expert_N, order_N = top_k_index.reshape(-1).sort(stable=True)
         token_N = order_N // top_k_index.shape[1]

@@ -48,3 +48,46 @@ def tiles_for(rows: int, groups: int, dtype: torch.dtype) -> Tiles:
     if expected > MANY_ROWS:
         return MANY
     return next((tiles for tiles in BY_ROWS if tiles.rows >= expected), BY_ROWS[-1])
+
+
+@dataclass(frozen=True)
+class CodedTiles:
+    """All sizes of one call of experts whose neurons are coded.
+
+    ``rows`` of a tile and ``neurons`` of a block are common to both products. The first sums
+    ``chunk`` numbers of a row at a time; the second makes ``columns`` of the output, and splits an
+    expert's neurons until there are about ``programs`` programs. By ``words`` entries of codebooks
+    of 16 bits a number are read as integers.
+    """
+
+    rows: int
+    neurons: int
+    chunk: int
+    warps: int
+    stages: int
+    columns: int
+    down_warps: int
+    down_stages: int
+    programs: int = 512
+    words: int = 2
+
+
+CODED_BY_ROWS = (
+    CodedTiles(16, 64, 128, 4, 1, 128, 4, 1),
+    CodedTiles(32, 64, 128, 4, 1, 128, 4, 1),
+    CodedTiles(64, 64, 128, 4, 1, 128, 4, 1),
+    CodedTiles(128, 64, 128, 8, 1, 128, 8, 1),
+)
+CODED_IN_FP32 = CodedTiles(16, 16, 32, 4, 1, 32, 4, 1, programs=8, words=0)
+MOST_SPLITS = 8
+
+
+def coded_tiles_for(rows: int, experts: int, dtype: torch.dtype) -> CodedTiles:
+    """Return the tile sizes for ``rows`` rows spread over ``experts`` experts.
+
+    Decoding costs more than multiplying, so that most experts' rows should find room in one tile.
+    """
+    if dtype == torch.float32:
+        return CODED_IN_FP32
+    expected = 1.5 * rows / experts
+    return next((tiles for tiles in CODED_BY_ROWS if tiles.rows >= expected), CODED_BY_ROWS[-1])

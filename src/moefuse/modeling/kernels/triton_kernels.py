@@ -130,7 +130,7 @@ def _before(index, place_of_expert, place, number, rows, ROWS: tl.constexpr, CHU
 
 
 @triton.jit
-def _tile(start, first_place, parts, tile, ROWS: tl.constexpr, PARTS: tl.constexpr):
+def tile_of_rows(start, first_place, parts, tile, ROWS: tl.constexpr, PARTS: tl.constexpr):
     """Find a tile's part (an expert's place, or a group), its first row and the part's end.
 
     Part p has the rows from ``start[first_place[p]]`` to ``start[first_place[p + 1]]``. Tiles past
@@ -178,7 +178,7 @@ def inner_rows(
 
     ``a`` is (E, R, width). ``x`` holds a token a row if ``BY_TOKEN``, else ordered rows.
     """
-    place, first, end = _tile(start, places, experts, tl.program_id(0), ROWS, PARTS)
+    place, first, end = tile_of_rows(start, places, experts, tl.program_id(0), ROWS, PARTS)
     if place >= experts:
         return
     expert = tl.load(expert_of_place + place).to(tl.int64)
@@ -228,7 +228,8 @@ def _factor(b, expert, column, inside, height, RANK: tl.constexpr, FILLED: tl.co
 
 
 @triton.jit
-def _gated(gate, up, alpha, limit, GATING: tl.constexpr):
+def gated(gate, up, alpha, limit, GATING: tl.constexpr):
+    """Join gate and up to neurons' values."""
     if GATING == SILU:
         return gate * tl.sigmoid(gate) * up
     if GATING == GELU:
@@ -276,7 +277,7 @@ def gate_up(  # noqa: PLR0915
 
     ``h = s_e * (W_g x) + B_e inner + b_e`` and ``z = w * gating(gate half, up half)``.
     """
-    group, first, end = _tile(start, groups_first, groups, tl.program_id(1), ROWS, PARTS)
+    group, first, end = tile_of_rows(start, groups_first, groups, tl.program_id(1), ROWS, PARTS)
     if group >= groups:
         return
     position = first + tl.arange(0, ROWS)
@@ -329,7 +330,7 @@ def gate_up(  # noqa: PLR0915
         gate_MX += tl.load(bias + at, mask=valid, other=0.0).to(tl.float32)
         up_MX += tl.load(bias + intermediate + at, mask=valid, other=0.0).to(tl.float32)
     weight_M = tl.load(weight + row, mask=live, other=0.0).to(tl.float32)
-    z_MX = _gated(gate_MX, up_MX, alpha, limit, GATING) * weight_M[:, None]
+    z_MX = gated(gate_MX, up_MX, alpha, limit, GATING) * weight_M[:, None]
     tl.store(
         z + position.to(tl.int64)[:, None] * intermediate + column[None, :],
         z_MX.to(z.dtype.element_ty),
@@ -366,7 +367,7 @@ def down(
     PRECISION: tl.constexpr,
 ):
     """Write every row's output, as the rows are numbered: ``y`` (N, D)."""
-    group, first, end = _tile(start, groups_first, groups, tl.program_id(1), ROWS, PARTS)
+    group, first, end = tile_of_rows(start, groups_first, groups, tl.program_id(1), ROWS, PARTS)
     if group >= groups:
         return
     position = first + tl.arange(0, ROWS)

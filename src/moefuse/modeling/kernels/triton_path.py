@@ -5,75 +5,35 @@ way, computed anew.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from moefuse.modeling.kernels import triton_coded_path
 from moefuse.modeling.kernels import triton_kernels as kernels
 from moefuse.modeling.kernels.tiles import Product, Tiles, tiles_for
+from moefuse.modeling.kernels.triton_order import (
+    FEW,
+    MOST_COUNTED,
+    Places,
+    Rows,
+    filled,
+    launch,
+    ordered,
+    places_of,
+    row_of_rank,
+    sorted_rows,
+    table,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SILU, GELU, CLAMPED = kernels.SILU.value, kernels.GELU.value, kernels.CLAMPED.value
-FEW = 256
-"""Up to how many rows the deltas' inner rows are computed one by one."""
-MOST_COUNTED = 4096
-"""Up to how many rows one kernel orders by counting; more are sorted."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """The experts numbered so that a group's members are neighbours.
-
-    ``of_expert`` and ``expert`` (E) int32, each the other's inverse; ``first`` (G + 1) int32, the
-    place of each group's first member; ``every`` (E + 1) int32, all places; ``sortable`` is
-    ``of_expert`` in the smallest dtype that holds it, which sorts fastest.
-    """
-
-    of_expert: Tensor
-    expert: Tensor
-    first: Tensor
-    every: Tensor
-    sortable: Tensor
-
-
-_places: Any = WeakIdKeyDictionary()
-
-
-def places_of(group_of_expert: Tensor, groups: int) -> Places:
-    """Number the experts of ``group_of_expert`` (E); remembered until that tensor changes."""
-    version = 0 if group_of_expert.is_inference() else group_of_expert._version
-    known = _places.get(group_of_expert)
-    if known is not None and known[0] == version:
-        return known[1]
-    group_E, expert = group_of_expert.sort(stable=True)
-    every = torch.arange(len(expert) + 1, device=expert.device, dtype=torch.int32)
-    first = torch.searchsorted(group_E, torch.arange(groups + 1, device=expert.device))
-    of_expert = torch.empty_like(every[:-1]).scatter_(0, expert, every[:-1])
-    small = torch.uint8 if len(expert) <= 256 else torch.int32
-    found = Places(of_expert, expert.int(), first.int(), every, of_expert.to(small))
-    _places[group_of_expert] = (version, found)
-    return found
-
-
-@lru_cache(4096)
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
 def _addresses(weights: list[Tensor]) -> Tensor:
-    return _table(tuple(weight.data_ptr() for weight in weights), weights[0].device)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows in their order: ``order`` (N) int32, and ``start`` (E + 1) int32 by place."""
-
-    order: Tensor
-    start: Tensor
+    return table(tuple(weight.data_ptr() for weight in weights), weights[0].device)
 
 
 @dataclass(frozen=True)
@@ -98,52 +58,29 @@ class _Layer:
     def groups(self) -> int:
         return len(self.places.first) - 1
 
-    def ordered(self, x_TD: Tensor, a_ERI: Tensor | None, inner_NR: Tensor | None) -> Rows:
-        """Order the rows by counting; write what the deltas make of ``x_TD`` beside it."""
-        order = torch.empty(self.rows, dtype=torch.int32, device=x_TD.device)
-        start = torch.empty(self.experts + 1, dtype=torch.int32, device=x_TD.device)
-        block = 16 if self.rows <= FEW else 64
-        blocks = triton.cdiv(self.rows, block) + triton.cdiv(self.experts + 1, block)
-        rank = 0 if a_ERI is None else a_ERI.shape[1]
-        _launch(
-            kernels.order_rows,
-            (blocks + (self.rows if rank else 0),),
-            self.index_TK, self.places.of_expert, order, start, self.rows, self.experts,
-            x_TD, a_ERI, inner_NR, x_TD.shape[1], self.index_TK.shape[1],
-            ROWS=block, CHUNK=128, RANK=rank, **_row_of_rank(rank),
-        )  # fmt: skip
-        return Rows(order, start)
-
-    def sorted(self) -> Rows:
-        """Order the rows by sorting, which is faster for many."""
-        place_N = self.places.sortable[self.index_TK.reshape(-1)]
-        place_N, order = place_N.sort(stable=True)
-        start = torch.searchsorted(place_N.int(), self.places.every)
-        return Rows(order.int(), start.int())
-
     def inner(
         self, source: Tensor, a_ERI: Tensor, rows: Rows, *, by_token: bool, into: Tensor
     ) -> None:
         """Write ``A_e x`` of all rows into ``into`` (N, R), by tiles of an expert's rows."""
         _, rank, width = a_ERI.shape
         tiles = self.tiles
-        _launch(
+        launch(
             kernels.inner_rows,
             (triton.cdiv(self.rows, tiles.inner_rows) + min(self.experts, self.rows),),
             source, a_ERI, rows.order, rows.start, self.places.every, self.places.expert, into,
             self.experts, width, self.index_TK.shape[1],
-            RANK=rank, FILLED=_filled(rank, 16), BY_TOKEN=by_token, ROWS=tiles.inner_rows,
-            CHUNK=tiles.inner_chunk, PARTS=_filled(self.experts), PRECISION=self.precision,
+            RANK=rank, FILLED=filled(rank, 16), BY_TOKEN=by_token, ROWS=tiles.inner_rows,
+            CHUNK=tiles.inner_chunk, PARTS=filled(self.experts), PRECISION=self.precision,
         )  # fmt: skip
 
     def inner_by_row(self, z_NF: Tensor, a_ERF: Tensor, rows: Rows, into: Tensor) -> None:
         """Do the same for ordered rows, one by one."""
         _, rank, width = a_ERF.shape
-        _launch(
+        launch(
             kernels.inner_by_row,
             (self.rows,),
             z_NF, a_ERF, rows.order, self.index_TK, into, width,
-            RANK=rank, **_row_of_rank(rank),
+            RANK=rank, **row_of_rank(rank),
         )  # fmt: skip
 
     def product(
@@ -153,29 +90,15 @@ class _Layer:
         """Launch one of the two grouped products, ``width`` columns wide."""
         height = self.tiles.rows
         row_tiles = triton.cdiv(self.rows, height) + min(self.groups, self.rows)
-        _launch(
+        launch(
             kernel,
             (triton.cdiv(width, tile.columns), row_tiles),
             source, _addresses(bases), rows.order, rows.start, self.places.first, self.index_TK,
             self.places.of_expert, self.places.expert, self.weight_TK, *arguments,
-            **constants, RANK=rank, FILLED=_filled(rank, 16), ROWS=height, COLUMNS=tile.columns,
-            CHUNK=tile.chunk, PARTS=_filled(self.groups), EVEN=even, PRECISION=self.precision,
+            **constants, RANK=rank, FILLED=filled(rank, 16), ROWS=height, COLUMNS=tile.columns,
+            CHUNK=tile.chunk, PARTS=filled(self.groups), EVEN=even, PRECISION=self.precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel[grid](*arguments, **constants)
-
-
-def _filled(number: int, least: int = 1) -> int:
-    return max(least, triton.next_power_of_2(number))
-
-
-def _row_of_rank(rank: int) -> dict[str, int]:
-    """Return how a row's inner values are computed at once: about 8192 numbers of A."""
-    filled = _filled(rank)
-    return {"FILLED": filled, "WIDTH": max(32, 8192 // filled)}
 
 
 def fused_experts(
@@ -216,9 +139,9 @@ def fused_experts(
     rank, down_rank = (0 if a is None else a.shape[1] for a in (gate_up_a, down_a))
     inner_NR = x_TD.new_empty(number, rank) if rank else None
     if number <= MOST_COUNTED:
-        rows = layer.ordered(x_TD, gate_up_a if few else None, inner_NR)
+        rows = ordered(layer.index_TK, layer.places, x_TD, gate_up_a if few else None, inner_NR)
     else:
-        rows = layer.sorted()
+        rows = sorted_rows(layer.index_TK, layer.places)
     if gate_up_a is not None and inner_NR is not None and not few:
         layer.inner(x_TD, gate_up_a, rows, by_token=True, into=inner_NR)
 
@@ -247,8 +170,8 @@ def fused_experts(
         rank=down_rank, even=intermediate % tile.chunk == 0 and hidden % tile.columns == 0,
         BIAS=down_bias is not None,
     )  # fmt: skip
-    columns = min(1024, _filled(hidden))
-    _launch(
+    columns = min(1024, filled(hidden))
+    launch(
         kernels.sum_slots, (tokens, triton.cdiv(hidden, columns)),
         y_ND, out_TD, hidden, top_k, COLUMNS=columns,
     )  # fmt: skip
@@ -276,13 +199,20 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
         found = "autocast is on"
     elif _gating_of(module.gating) is None:
         found = "they know silu, gelu and gpt-oss's gating alone"
+    elif _has_neurons(module):
+        found = triton_coded_path.obstacle(module)
     elif module.delta is not None and type(module.delta).__name__ != "LowRankDelta":
         found = "they know low-rank deltas alone"
     return found or _obstacle_of_weights(module, x_TD)
 
 
+def _has_neurons(module: Any) -> bool:
+    return type(module).__name__ == "NeuronExperts"
+
+
 def _obstacle_of_weights(module: Any, x_TD: Tensor) -> str | None:
-    linears = [linear for base in module.bases for linear in base.children()]
+    bases = () if _has_neurons(module) else module.bases
+    linears = [linear for base in bases for linear in base.children()]
     strange = next((one for one in linears if type(one) is not torch.nn.Linear), None)
     if strange is not None:
         return f"a base is a {type(strange).__name__}, not a plain nn.Linear"
@@ -297,6 +227,9 @@ def _obstacle_of_weights(module: Any, x_TD: Tensor) -> str | None:
 def _computed(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     gating = _gating_of(module.gating)
     assert gating is not None
+    if _has_neurons(module):
+        with torch.cuda.device_of(x_TD):
+            return triton_coded_path.neuron_experts(module, x_TD, index_TK, weight_TK, gating)
     delta = module.delta
     factors = ("gate_up_a", "gate_up_b", "down_a", "down_b")
     # Triton launches on the current device, which need not be the weights'.
@@ -353,6 +286,8 @@ class _WithGradients(torch.autograd.Function):
                 (x_TD, index_TK, weight_TK),
             )
             asked = [leaf for leaf in leaves if leaf.requires_grad]
+            if not y_TD.requires_grad:  # neuron experts without a neuron
+                return (None,) * len(ctx.needs_input_grad)
             found = iter(torch.autograd.grad(y_TD, asked, towards_TD, allow_unused=True))
         return None, None, *(next(found) if want else None for want in wanted)
 

@@ -1,0 +1,114 @@
+"""Rows, which are (token, slot) pairs, in the order of their experts, and what launches share."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from moefuse.modeling.kernels import triton_kernels as kernels
+
+FEW = 256
+"""Up to how many rows the deltas' inner rows are computed one by one."""
+MOST_COUNTED = 4096
+"""Up to how many rows one kernel orders by counting; more are sorted."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """The experts numbered so that a group's members are neighbours.
+
+    ``of_expert`` and ``expert`` (E) int32, each the other's inverse; ``first`` (G + 1) int32, the
+    place of each group's first member; ``every`` (E + 1) int32, all places; ``sortable`` is
+    ``of_expert`` in the smallest dtype that holds it, which sorts fastest.
+    """
+
+    of_expert: Tensor
+    expert: Tensor
+    first: Tensor
+    every: Tensor
+    sortable: Tensor
+
+
+_places: Any = WeakIdKeyDictionary()
+
+
+def places_of(group_of_expert: Tensor, groups: int) -> Places:
+    """Number the experts of ``group_of_expert`` (E); remembered until that tensor changes."""
+    version = 0 if group_of_expert.is_inference() else group_of_expert._version
+    known = _places.get(group_of_expert)
+    if known is not None and known[0] == version:
+        return known[1]
+    group_E, expert = group_of_expert.sort(stable=True)
+    every = torch.arange(len(expert) + 1, device=expert.device, dtype=torch.int32)
+    first = torch.searchsorted(group_E, torch.arange(groups + 1, device=expert.device))
+    of_expert = torch.empty_like(every[:-1]).scatter_(0, expert, every[:-1])
+    small = torch.uint8 if len(expert) <= 256 else torch.int32
+    found = Places(of_expert, expert.int(), first.int(), every, of_expert.to(small))
+    _places[group_of_expert] = (version, found)
+    return found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in their order: ``order`` (N) int32, and ``start`` (E + 1) int32 by place."""
+
+    order: Tensor
+    start: Tensor
+
+
+def ordered(
+    index_TK: Tensor,
+    places: Places,
+    x_TD: Tensor,
+    a_ERI: Tensor | None = None,
+    inner_NR: Tensor | None = None,
+) -> Rows:
+    """Order the rows by counting; write what the deltas make of ``x_TD`` beside it."""
+    number, experts = index_TK.numel(), len(places.expert)
+    order = torch.empty(number, dtype=torch.int32, device=x_TD.device)
+    start = torch.empty(experts + 1, dtype=torch.int32, device=x_TD.device)
+    block = 16 if number <= FEW else 64
+    blocks = triton.cdiv(number, block) + triton.cdiv(experts + 1, block)
+    rank = 0 if a_ERI is None else a_ERI.shape[1]
+    launch(
+        kernels.order_rows,
+        (blocks + (number if rank else 0),),
+        index_TK, places.of_expert, order, start, number, experts,
+        x_TD, a_ERI, inner_NR, x_TD.shape[1], index_TK.shape[1],
+        ROWS=block, CHUNK=128, RANK=rank, **row_of_rank(rank),
+    )  # fmt: skip
+    return Rows(order, start)
+
+
+def sorted_rows(index_TK: Tensor, places: Places) -> Rows:
+    """Order the rows by sorting, which is faster for many."""
+    place_N = places.sortable[index_TK.reshape(-1)]
+    place_N, order = place_N.sort(stable=True)
+    start = torch.searchsorted(place_N.int(), places.every)
+    return Rows(order.int(), start.int())
+
+
+@lru_cache(4096)
+def table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers, most of them addresses, as int64 on ``device``; remembered."""
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel, of which type checkers know nothing."""
+    kernel[grid](*arguments, **constants)
+
+
+def filled(number: int, least: int = 1) -> int:
+    """Return the power of two that ``number`` is filled up to, at least ``least``."""
+    return max(least, triton.next_power_of_2(number))
+
+
+def row_of_rank(rank: int) -> dict[str, int]:
+    """Return how a row's inner values are computed at once: about 8192 numbers of A."""
+    width = filled(rank)
+    return {"FILLED": width, "WIDTH": max(32, 8192 // width)}
