@@ -302,6 +302,7 @@ model = moefuse.load("{name}")
 |---|---|
 | Transformers, moefuse | as above |
 | vLLM | `vllm serve {name} --trust-remote-code`; with moefuse beside it, `vllm serve {name}` |
+| llama.cpp with moefuse's patch | `moefuse export gguf`, where bases are shared |
 | llama.cpp | `moefuse collapse` or `moefuse expand`, then `moefuse export gguf` |
 | ExLlama, other engines | `moefuse collapse` or `moefuse expand`; not yet tested |
 | quantisers | `moefuse quantize {name} OUT`, or your own configuration |"""
