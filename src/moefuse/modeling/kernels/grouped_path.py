@@ -97,13 +97,12 @@ def forward(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> T
         delta_NF = product(inner_of_tokens(source_TD, a_ERD, rows), b_EFR, rows.last_E)
     own = (module.scale, module.bias, weight_TK)
     z_PF, z_NF = join(base_PF, delta_NF, *own, rows, module.gating, number_of(module.gating))
-    outer_TD = None
-    if delta is not None and z_NF is not None:
-        a_ERF, b_EDR = filled(delta.down_a.to(dtype), delta.down_b.to(dtype))
-        outer_TD = outer_by_token(product(z_NF, a_ERF, rows.last_E), b_EDR, rows)
     down_GDF = stacked(dtype, [base.down_proj.weight for base in bases])
     y_PD = product(z_PF, down_GDF, rows.last_G)
-    y_TD = collect(y_PD, rows.once_TK, rows.token_P, rows.count, outer_TD)
+    y_TD = collect(y_PD, rows.once_TK, rows.token_P, rows.count, torch.float32)
+    if delta is not None and z_NF is not None:
+        a_ERF, b_EDR = filled(delta.down_a.to(dtype), delta.down_b.to(dtype))
+        y_TD = y_TD + outer_by_token(product(z_NF, a_ERF, rows.last_E), b_EDR, rows)
     if module.down_bias is not None:
         weight_TE = weight_of_experts(index_TK, weight_TK, module.num_experts)
         y_TD = y_TD + weight_TE @ module.down_bias.float()
@@ -150,7 +149,7 @@ def outer_by_token(inner_NR: Tensor, b_EDR: Tensor, rows: Rows) -> Tensor:
         inner_SR = inner_SR.index_add(0, _token_and_expert(rows, experts), inner_NR)
         return inner_SR.view(tokens, -1) @ b_EDR.mT.flatten(0, 1)
     y_ND = product(inner_NR, b_EDR, rows.last_E)
-    return collect(y_ND, rows.row_TK, rows.token_N, rows.all_rows)
+    return collect(y_ND, rows.row_TK, rows.token_N, rows.all_rows, torch.float32)
 
 
 def stacked(dtype: torch.dtype, weights: list[Tensor]) -> Tensor:

@@ -97,18 +97,13 @@ def rows_of(index_TK: Tensor, group_of_expert: Tensor, groups: int) -> Rows:
 
 
 def collect(
-    source_SD: Tensor,
-    place_TK: Tensor,
-    token_S: Tensor,
-    places: Tensor,
-    plus_TD: Tensor | None = None,
+    source_SD: Tensor, place_TK: Tensor, token_S: Tensor, places: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Sum for every token the rows of ``source_SD`` that it names, -1 naming none: (T, D) fp32.
+    """Sum for every token the rows of ``source_SD`` that it names, -1 naming none: (T, D).
 
-    ``plus_TD`` is added, if given. ``token_S`` and ``places`` say whose the rows are and how many
-    there are, for the gradient.
+    ``token_S`` and ``places`` say whose the rows are and how many there are, for the gradient.
     """
-    return _Collect.apply(source_SD, place_TK, token_S, places, plus_TD)  # type: ignore[return-value]
+    return _Collect.apply(source_SD, place_TK, token_S, places, dtype)  # type: ignore[return-value]
 
 
 def spread(x_TD: Tensor, token_S: Tensor, places: Tensor, place_TK: Tensor) -> Tensor:
@@ -121,28 +116,25 @@ def by_triton(tensor: Tensor) -> bool:
     return INSTALLED and (tensor.is_cuda or INTERPRETED)
 
 
-def _collected(source_SD: Tensor, place_TK: Tensor, plus_TD: Tensor | None = None) -> Tensor:
+def _collected(source_SD: Tensor, place_TK: Tensor, dtype: torch.dtype) -> Tensor:
     tokens, top_k = place_TK.shape
     width = source_SD.shape[1]
     if by_triton(source_SD):
-        out_TD = source_SD.new_empty(tokens, width, dtype=torch.float32)
-        _launch(
-            kernels.collect, (tokens, triton.cdiv(width, COLUMNS)),
-            source_SD.contiguous(), place_TK, None if plus_TD is None else plus_TD.contiguous(),
-            out_TD, width, top_k, PLUS=plus_TD is not None,
-        )  # fmt: skip
+        out_TD = source_SD.new_empty(tokens, width, dtype=dtype)
+        grid = (tokens, triton.cdiv(width, COLUMNS))
+        source_SD = source_SD.contiguous()
+        _launch(kernels.collect, grid, source_SD, place_TK, out_TD, width, top_k)
         return out_TD
     picked_ND = source_SD.index_select(0, place_TK.reshape(-1).clamp_min(0))
     picked_TKD = picked_ND.float().view(tokens, top_k, width)
-    sum_TD = picked_TKD.masked_fill((place_TK < 0).unsqueeze(-1), 0.0).sum(1)
-    return sum_TD if plus_TD is None else sum_TD + plus_TD
+    return picked_TKD.masked_fill((place_TK < 0).unsqueeze(-1), 0.0).sum(1).to(dtype)
 
 
-def _spread(source_TD: Tensor, token_S: Tensor, places: Tensor) -> Tensor:
+def _spread(source_TD: Tensor, token_S: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
     if not by_triton(source_TD):
-        return source_TD.index_select(0, token_S)
+        return source_TD.index_select(0, token_S).to(dtype)
     width = source_TD.shape[1]
-    out_SD = source_TD.new_empty(len(token_S), width)
+    out_SD = source_TD.new_empty(len(token_S), width, dtype=dtype)
     grid = (len(token_S), triton.cdiv(width, COLUMNS))
     _launch(kernels.spread, grid, source_TD.contiguous(), token_S, places, out_SD, width)
     return out_SD
@@ -162,21 +154,16 @@ class _Collect(torch.autograd.Function):
         place_TK: Tensor,
         token_S: Tensor,
         places: Tensor,
-        plus_TD: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(token_S, places)
-        ctx.dtype, ctx.plus = source_SD.dtype, None if plus_TD is None else plus_TD.dtype
-        return _collected(source_SD, place_TK, plus_TD)
+        ctx.dtype = source_SD.dtype
+        return _collected(source_SD, place_TK, dtype)
 
     @staticmethod
     def backward(ctx: Any, towards_TD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         token_S, places = ctx.saved_tensors
-        # Cast before it is spread: tokens are fewer than places.
-        cast_TD = towards_TD.to(ctx.dtype)
-        plus_grad = None
-        if ctx.plus is not None:
-            plus_grad = cast_TD if ctx.plus == ctx.dtype else towards_TD.to(ctx.plus)
-        return _spread(cast_TD, token_S, places), None, None, None, plus_grad
+        return _spread(towards_TD, token_S, places, ctx.dtype), None, None, None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -185,12 +172,12 @@ class _Spread(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, token_S: Tensor, places: Tensor, place_TK: Tensor
     ) -> Tensor:
         ctx.save_for_backward(place_TK)
-        return _spread(x_TD, token_S, places)
+        return _spread(x_TD, token_S, places, x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, towards_SD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (place_TK,) = ctx.saved_tensors
-        return _collected(towards_SD, place_TK).to(towards_SD.dtype), None, None, None
+        return _collected(towards_SD, place_TK, towards_SD.dtype), None, None, None
 
 
 def join(

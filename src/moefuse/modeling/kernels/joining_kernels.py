@@ -16,16 +16,12 @@ from moefuse.modeling.kernels.triton_kernels import GELU, SILU
 
 
 @triton.jit
-def collect(
-    source, place_of_slot, plus, out, width, top_k, PLUS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Sum ``plus`` and rows of ``source`` for every token: those its slots name, -1 naming none."""
+def collect(source, place_of_slot, out, width, top_k, COLUMNS: tl.constexpr):
+    """Sum rows of ``source`` for every token: those its slots name, -1 naming none."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     total = tl.zeros([COLUMNS], tl.float32)
-    if PLUS:
-        total += tl.load(plus + token * width + column, mask=inside, other=0.0).to(tl.float32)
     for slot in range(0, top_k):
         place = tl.load(place_of_slot + token * top_k + slot).to(tl.int64)
         if place >= 0:
