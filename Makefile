@@ -8,7 +8,7 @@ ENGINES ?= .venv-engines
 
 .PHONY: demo test check engines test-engines quality arena ablation healing healing-memory spectra \
 	larger-than-memory closed-form distillation-speed fused-layer llama-cpp test-llama-cpp \
-	quantizing test-quantizers clean
+	llama-cpp-speed quantizing test-quantizers clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -65,13 +65,18 @@ distillation-speed: $(VENV)/installed
 fused-layer: $(VENV)/developing
 	$(BIN)/python benchmarks/fused_layer.py $(FLAGS)
 
-# llama-cpp-python, built from its source package (some ten minutes) into the same environment.
+# llama-cpp-python with the patch that runs fused students, built from its source package (some ten
+# minutes) into the same environment; for the tests the unpatched one too, into build/llama.cpp.
 llama-cpp: $(VENV)/developing
-	$(BIN)/python -m pip install --no-binary llama-cpp-python 'llama-cpp-python==0.3.36'
+	$(BIN)/python integrations/llama.cpp/build.py --stock
 
-# GGUF files in the stock engine; needs what llama-cpp builds, and is no part of make test.
+# GGUF files in both engines; needs what llama-cpp builds, and is no part of make test.
 test-llama-cpp: $(VENV)/developing
 	cd tests/llama && ../../$(BIN)/python -m pytest . -c ../../pyproject.toml --rootdir ../..
+
+# Tokens a second of fused files beside their teachers'; needs what llama-cpp builds.
+llama-cpp-speed: $(VENV)/developing
+	$(BIN)/python benchmarks/llama_cpp_speed.py
 
 # The libraries that read quantised students; an environment of their own, as they pin much.
 QUANT := .venv-quantizers
@@ -126,4 +131,4 @@ test-engines: engines
 	$(ENGINES)/bin/python -m pytest -c tests_engines/pytest.ini tests_engines
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(QUANT) runs
+	rm -rf $(VENV) $(ENGINES) $(QUANT) runs build

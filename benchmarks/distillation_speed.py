@@ -35,6 +35,8 @@ from moefuse.modeling.modeling_moefuse import FusedExperts, PlainGating
 E, D, F, K = 64, 2048, 1408, 6
 GROUPS, RANK = 8, 8
 WARM_UP = 2
+RUN = {"cpu": 1, "cuda": 10}
+"""How many steps are timed together."""
 RATE_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -117,21 +119,27 @@ def operations(call: ExpertsCall, tokens: int) -> float:
     return 6 * (bases + deltas)
 
 
-def seconds_of_step(way: str, call: ExpertsCall, options: DistillConfig, device: str) -> float:
-    """Return the median wall time of a distillation step, warm."""
+def seconds_of_step(
+    way: str, call: ExpertsCall, options: DistillConfig, device: str, run: int
+) -> float:
+    """Return the wall time of a distillation step, warm: the median over runs of ``run`` steps.
+
+    A GPU is waited for between runs and not within them, as distilling does not wait for it.
+    """
     student = make_student(way, device)
     begun: list[float] = []
 
     def timed(numbers: Iterable[int]) -> Iterator[int]:
         for number in numbers:
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            begun.append(time.perf_counter())
+            if number >= WARM_UP and (number - WARM_UP) % run == 0:
+                if device != "cpu":
+                    torch.cuda.synchronize(device)
+                begun.append(time.perf_counter())
             yield number
 
     distill_layer(student, call, options, progress=timed)
-    spent = torch.tensor(begun[1:]) - torch.tensor(begun[:-1], dtype=torch.float64)
-    return float(spent[WARM_UP:].median())
+    begun_S = torch.tensor(begun, dtype=torch.float64)
+    return float(begun_S.diff().median()) / run
 
 
 def matrix_rate(dtype: torch.dtype, device: str) -> float:
@@ -149,14 +157,16 @@ def matrix_rate(dtype: torch.dtype, device: str) -> float:
     return 2 * size**3 / best
 
 
-def measure(options: DistillConfig, device: str, rates: dict[str, float]) -> list[dict[str, Any]]:
+def measure(
+    options: DistillConfig, device: str, run: int, rates: dict[str, float]
+) -> list[dict[str, Any]]:
     """Time all ways of a step."""
     tokens = options.batch_tokens
     call = make_call(4 * tokens, device)
     count = operations(call, tokens)
     rows = []
     for way in WAYS:
-        spent = seconds_of_step(way, call, options, device)
+        spent = seconds_of_step(way, call, options, device, run)
         shares = {f"share_of_{name}": count / spent / rate for name, rate in rates.items()}
         facts = {"tokens": tokens, "precision": options.precision}
         rows.append({"way": way, **facts, "seconds": spent, "operations": count, **shares})
@@ -190,10 +200,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, nargs="+", default=[DistillConfig().batch_tokens])
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     given = parser.parse_args()
+    run = RUN[torch.device(given.device).type]
     kinds = (torch.bfloat16, torch.float32)
     rates = {str(kind).removeprefix("torch."): matrix_rate(kind, given.device) for kind in kinds}
     rows = [
@@ -201,12 +212,13 @@ def main() -> None:
         for tokens in given.tokens
         for row in measure(
             DistillConfig(
-                steps=given.steps + WARM_UP,
+                steps=WARM_UP + given.runs * run + 1,
                 batch_tokens=tokens,
                 held_back=1e-6,
                 precision=given.precision,
             ),
             given.device,
+            run,
             rates,
         )
     ]

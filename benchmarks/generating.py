@@ -1,10 +1,10 @@
 """Text generated end to end: DeepSeek-Coder-V2-Lite's shapes, fused against original.
 
 Both are of true size (the original 15.7 B parameters) and randomly initialised, which takes the
-time that trained weights take; random routers spread tokens evenly. ``generate`` of Transformers writes
-new tokens after a prompt, greedily, for batches of several sizes: with a dynamic cache, and with a
-static one, which compiles the model. The original runs with its fastest experts implementation.
-Each model has a process of its own; device memory is what was most held by it.
+time that trained weights take; random routers spread tokens evenly. Transformers' ``generate``
+writes new tokens after a prompt, greedily, for batches of several sizes: with a dynamic cache, and
+with a static one, which compiles the model. The original runs with its fastest experts
+implementation. Each model has a process of its own; device memory is what was most held by it.
 
     python benchmarks/generating.py --device cuda
     python benchmarks/generating.py --layers 2 --new-tokens 8          # a few minutes on a CPU

@@ -289,7 +289,14 @@ def plot(meta: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     unit = meta["unit_bytes"] / 1e9
     for height, words in ((unit, "one layer + batch"), (LIMIT * unit, f"{LIMIT} times that")):
         axes.axhline(height, color="#222222", linewidth=1.0, linestyle=(0, (4, 2.5)))
-        axes.annotate(words, (0.995, height), xycoords=("axes fraction", "data"), ha="right")
+        axes.annotate(
+            words,
+            (0.995, height),
+            xytext=(0, 2),
+            textcoords="offset points",
+            xycoords=("axes fraction", "data"),
+            ha="right",
+        )
     axes.set_xlim(0, ordered[-1]["seconds"] / 60)
     axes.set_ylim(0, max(LIMIT * unit, *(row[key] / 1e9 for row in rows)) * 1.12)
     axes.set_xlabel("minutes")

@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +196,13 @@ def test_a_switch_has_both_sides(run: Run, tmp_path: Path) -> None:
 
     assert (layer()["scale"], layer()["bias"]) == (False, True)
     assert (layer("--scale")["scale"], layer("--no-bias")["bias"]) == (True, False)
+
+
+def test_the_version_is_told_by_both_names_of_the_command(run: Run) -> None:
+    ran = run("--version")
+    as_module = subprocess.run(
+        [sys.executable, "-m", "moefuse", "--version"], capture_output=True, text=True, check=True
+    )
+
+    assert (ran.status, ran.out) == (0, f"moefuse {version('moefuse')}\n")
+    assert as_module.stdout == ran.out

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +65,23 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moefuse {installed_version('moefuse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version"),
+    ] = False,
+) -> None:
+    pass
+
 
 UP_TO_CALIBRATE = (ComputeConfig, CalibrateConfig)
 UP_TO_GROUP = (*UP_TO_CALIBRATE, SizeConfig, GroupConfig)
@@ -598,7 +616,7 @@ app.add_typer(export_app, name="export")
 
 @export_app.command("gguf")
 def gguf_command(
-    checkpoint: Annotated[str, typer.Argument(help="A plain checkpoint: a directory or a hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="A directory or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The file to write; its name ends in .gguf.")],
     quant: Annotated[
         str,
@@ -610,20 +628,16 @@ def gguf_command(
         str | None,
         typer.Option(help="llama.cpp's name for how text is cut. [default: told by the tokenizer]"),
     ] = None,
-    stand_in_query: Annotated[
-        bool,
-        typer.Option(
-            "--stand-in-query",
-            help="Write whole queries as low-rank ones, which llama.cpp wants of DeepSeek models.",
-        ),
-    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that exists.")
     ] = False,
     trust_remote_code: RemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Write a GGUF file for llama.cpp, of a teacher or of what collapse and expand made."""
+    """Write a GGUF file for llama.cpp, of a teacher, a student or what collapse and expand made.
+
+    A fused student's needs llama.cpp with moefuse's patch, which 'make llama-cpp' builds.
+    """
     from moefuse.export.gguf.write import export_gguf, render_gguf
 
     result = export_gguf(
@@ -631,7 +645,6 @@ def gguf_command(
         out,
         quant=quant,
         pre_tokenizer=pre_tokenizer,
-        stand_in_query=stand_in_query,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )

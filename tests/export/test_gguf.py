@@ -94,21 +94,14 @@ def test_the_latents_projection_is_split(tmp_path: Path) -> None:
     assert "blk.1.exp_probs_b.bias" in tensors
 
 
-def test_a_stand_in_query_computes_the_same(tmp_path: Path) -> None:
+def test_whole_queries_are_told_by_a_rank_of_zero(tmp_path: Path) -> None:
     save_tiny(tmp_path / "plain", "deepseek_v2")
-    export_gguf(tmp_path / "plain", tmp_path / "out.gguf", stand_in_query=True)
+    export_gguf(tmp_path / "plain", tmp_path / "out.gguf")
 
     facts, tensors = read(tmp_path / "out.gguf")
-    reader = CheckpointReader.open(tmp_path / "plain")
-    assert facts["deepseek2.attention.q_lora_rank"] == 32
-    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    norm = reader.read("model.layers.0.input_layernorm.weight")
-    x = torch.nn.functional.rms_norm(hidden, (32,), norm, 1e-6)
-    inner = torch.nn.functional.rms_norm(
-        x @ tensors["blk.0.attn_q_a.weight"].T, (32,), tensors["blk.0.attn_q_a_norm.weight"], 1e-6
-    )
-    expected = x @ reader.read("model.layers.0.self_attn.q_proj.weight").T
-    assert_close(inner @ tensors["blk.0.attn_q_b.weight"].T, expected)
+    assert facts["deepseek2.attention.q_lora_rank"] == 0
+    assert "blk.0.attn_q.weight" in tensors
+    assert "moefuse.version" not in facts
 
 
 def test_rotated_rows_become_neighbours() -> None:
@@ -263,7 +256,6 @@ def test_how_text_is_cut_is_told_or_asked_for(
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("deepseek_v2", {}, "--stand-in-query"),
         ("deepseek_v2", {"q_lora_rank": 8, "num_hidden_layers": 27}, "27 layers"),
         (
             "deepseek_v2",

@@ -1,4 +1,4 @@
-"""Tokenizers, models and the stock engine, for tests that run llama.cpp."""
+"""Tokenizers, models and the engine, for tests that run llama.cpp."""
 
 import ctypes
 import json
@@ -88,8 +88,8 @@ def prompts(count: int, vocabulary: int) -> list[list[int]]:
 
 
 @contextmanager
-def loaded(path: Path) -> Iterator[llama_cpp.Llama]:
-    """Load a file in the stock engine, on one CPU thread, caches in f32."""
+def loaded(path: Path, *, verbose: bool = False) -> Iterator[llama_cpp.Llama]:
+    """Load a file in the engine, on one CPU thread, caches in f32."""
     model = llama_cpp.Llama(
         str(path),
         n_ctx=256,
@@ -97,7 +97,7 @@ def loaded(path: Path) -> Iterator[llama_cpp.Llama]:
         n_threads=1,
         n_threads_batch=1,
         logits_all=True,
-        verbose=False,
+        verbose=verbose,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
         flash_attn=False,

@@ -15,6 +15,7 @@ from triton_ways import DEVICE, DTYPES, by_triton, poisoned, triton_forward  # n
 from moefuse.errors import UserError
 from moefuse.modeling import kernels, modeling_moefuse
 from moefuse.modeling.kernels import triton_path
+from moefuse.modeling.kernels.tiles import tiles_for
 from moefuse.modeling.naive import naive_forward
 
 pytestmark = pytest.mark.usefixtures("by_triton", "poisoned")
@@ -111,6 +112,14 @@ def test_what_triton_cannot_do_is_refused_if_asked_for_and_done_plainly_if_not(
         module(*call)
     kernels.use("auto")
     assert kernels.offered(module, *call) is None
+
+
+def test_few_groups_are_cut_into_smaller_tiles_and_many_are_not() -> None:
+    """Two groups of 96 rows make 22 tiles of 128 rows, where a GPU has room for a hundred."""
+    rows = [tiles_for(192, groups, 1408, torch.bfloat16).rows for groups in (1, 2)]
+    assert rows == [64, 64]
+    assert tiles_for(768, 8, 1408, torch.bfloat16).rows == 128
+    assert tiles_for(192, 8, 1408, torch.bfloat16).rows == 32
 
 
 def test_an_unknown_setting_is_refused() -> None:

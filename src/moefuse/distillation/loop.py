@@ -70,10 +70,10 @@ def distill_layer(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, options.steps, options.warmup)
     )
-    losses: list[float] = []
+    losses: list[Tensor] = []
     for _ in progress(range(options.steps)):
         rows = training[torch.randint(len(training), (options.batch_tokens,), generator=generator)]
-        part = call.rows(rows)
+        part = call.rows(_sent(rows, call.x_TD.device))
         with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bfloat16"):
             output_TD = student_output(student, part)
         loss = relative_error(output_TD, part.y_TD, power)
@@ -81,12 +81,19 @@ def distill_layer(
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(loss.detach())
     after = measure(student, aside, power, options.batch_tokens)
     if not after < before:
         student.load_state_dict(start)
         after = before
-    return DistillResult(before, after, losses)
+    return DistillResult(before, after, [float(loss) for loss in losses])
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Return ``rows`` on a device that is not waited for; its steps follow without a gap."""
+    if device.type != "cuda":
+        return rows
+    return rows.pin_memory().to(device, non_blocking=True)
 
 
 class _Felt(nn.Module):

@@ -293,6 +293,7 @@ def _loading(name: str, form: Form) -> str:
         rows += [
             f"vLLM | `vllm serve {name} --trust-remote-code`; with moefuse beside it, `vllm serve "
             f"{name}`",
+            "llama.cpp with moefuse's patch | `moefuse export gguf`, where bases are shared",
             "llama.cpp | `moefuse collapse` or `moefuse expand`, then `moefuse export gguf`",
             "ExLlama, other engines | `moefuse collapse` or `moefuse expand`; not yet tested",
             f"quantisers | `moefuse quantize {name} OUT`, or your own configuration",

@@ -53,12 +53,15 @@ def expert_width(config: Config) -> Facts:
 def deepseek_facts(config: Config) -> Facts:
     """Tell of latent attention, shared experts and routing (arXiv:2405.04434, 2412.19437).
 
-    The engine attends to the latents themselves, as one head of keys and values.
+    The engine attends to the latents themselves, as one head of keys and values. Told of no rank of
+    queries it refuses a model unless that has as many layers as one that it knows to have none; a
+    rank of 0 it takes for what it says.
     """
     latent, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
     facts = {
         "attention.head_count_kv": 1,
         "attention.kv_lora_rank": latent,
+        "attention.q_lora_rank": config.get("q_lora_rank") or 0,
         "attention.key_length": latent + rope,
         "attention.value_length": latent,
         "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
@@ -69,8 +72,6 @@ def deepseek_facts(config: Config) -> Facts:
         "expert_weights_scale": float(config["routed_scaling_factor"]),
         **expert_width(config),
     }
-    if config.get("q_lora_rank"):
-        facts["attention.q_lora_rank"] = config["q_lora_rank"]
     scaling = config.get("rope_parameters") or {}
     if scaling.get("mscale_all_dim"):
         facts["rope.scaling.yarn_log_multiplier"] = 0.1 * scaling["mscale_all_dim"]
@@ -105,11 +106,6 @@ def told_lite(config: Config) -> bool:
     """
     layers = config["num_hidden_layers"]
     return layers in LITE_LAYERS or (layers == 48 and config["vocab_size"] == 128_256)
-
-
-def lacks_low_rank_query(config: Config) -> bool:
-    """Say whether the engine would look for low-rank queries that are not there."""
-    return not config.get("q_lora_rank") and not told_lite(config)
 
 
 def deepseek_objection(config: Config) -> str | None:

@@ -23,11 +23,17 @@ ENDS = (".weight", ".bias")
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the file: its name, its shape as torch has it, and what makes it."""
+    """One tensor of the file: its name, its shape as torch has it, and what makes it.
+
+    ``own`` says that it is one expert's beside bases that are shared: a small part, which is not
+    quantised. ``kind`` is how it is stored whatever the rest is stored as.
+    """
 
     name: str
     shape: Shape
     make: Callable[[], Tensor]
+    own: bool = False
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,18 @@ class Layout:
     """Which tensors the file of one checkpoint has.
 
     ``rename`` gives the engine's name of a published one (without its end), ``settings`` is the
-    configuration with all defaults, ``stands_in`` whether queries take the detour of
-    ``_stand_in_query``.
+    configuration with all defaults.
     """
 
     reader: CheckpointReader
     form: Gguf
     settings: dict[str, Any]
     rename: Callable[[str], str | None]
-    stands_in: bool = False
+
+    @property
+    def keys(self) -> dict[str, int]:
+        """What the file says beside what every model does."""
+        return {}
 
     def pieces(self) -> Iterator[Piece]:
         """Yield what the file holds, in order; a piece's numbers are read when it is made."""
@@ -52,7 +61,7 @@ class Layout:
             if not (self.settings.get("tie_word_embeddings") and name.startswith("lm_head.")):
                 yield from self._plain(name)
         for layer in range(family.layer_count(reader.config)):
-            routed = family.experts_prefix(layer)
+            routed = self._routed(layer)
             prefix = family.layer_prefix(layer)
             for name in reader.tensors:
                 if name.startswith(prefix) and not name.startswith(routed):
@@ -60,12 +69,14 @@ class Layout:
             if layer in reader.shape.layers:
                 yield from self._experts(layer)
 
+    def _routed(self, layer: int) -> str:
+        """Return what the names of a layer's routed experts start with."""
+        return self.reader.family.experts_prefix(layer)
+
     def _plain(self, name: str) -> Iterator[Piece]:
         tensor = self.reader.tensors[name]
         if self.form.splits_latent and name.endswith("kv_b_proj.weight"):
             yield from self._latent(name)
-        elif self.stands_in and name.endswith("self_attn.q_proj.weight"):
-            yield from self._stand_in_query(name)
         elif self.form.turns_neighbours and re.search(r"self_attn\.[qk]_proj\.", name):
             heads = self._heads(name)
             make = lambda: neighbours(self.reader.read(name), heads)  # noqa: E731
@@ -111,26 +122,6 @@ class Layout:
         stem = self._named(name).removesuffix("attn_kv_b.weight")
         yield Piece(f"{stem}attn_k_b.weight", (heads, latent, key), lambda: halves()[0])
         yield Piece(f"{stem}attn_v_b.weight", (heads, value, latent), lambda: halves()[1])
-
-    def _stand_in_query(self, name: str) -> Iterator[Piece]:
-        """Yield a whole query projection as the low-rank one that the engine insists on.
-
-        With h the layer's input, w the weight of the norm before attention and x = w * n(h)::
-
-            q = W x = W (w * n((1/w) * x)),   because (1/w) * x = n(h) is of unit mean square
-
-        So ``q_a`` is the diagonal 1/w, the norm after it has the weight w, and ``q_b`` is W. The
-        first norm's epsilon is lost: queries grow by epsilon over twice the mean square of h (3e-4
-        in the first layer of the bundled teacher). It costs a D x D matrix a layer.
-        """
-        weight = self.reader.tensors[name].shape
-        stem = self._named(name).removesuffix("attn_q.weight")
-        norm = name.replace("self_attn.q_proj", "input_layernorm")
-        hidden = weight[1]
-        inverse = lambda: torch.diag(self.reader.read(norm).float().reciprocal())  # noqa: E731
-        yield Piece(f"{stem}attn_q_a.weight", (hidden, hidden), inverse)
-        yield Piece(f"{stem}attn_q_a_norm.weight", (hidden,), lambda: self.reader.read(norm))
-        yield Piece(f"{stem}attn_q_b.weight", weight, lambda: self.reader.read(name))
 
 
 def neighbours(weight: Tensor, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A plain checkpoint as a GGUF file, written tensor by tensor, in order, one in memory at a time.
+"""A checkpoint as a GGUF file, written tensor by tensor, in order, one in memory at a time.
 
 This is the one file that imports the ``gguf`` package (extra ``gguf``). Quantising to what numpy
 cannot make (``Q4_K_M`` and its like) is llama.cpp's own work, see ``quantize``.
@@ -6,7 +6,8 @@ cannot make (``Q4_K_M`` and its like) is llama.cpp's own work, see ``quantize``.
 
 import copy
 import importlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 from moefuse import artifacts
+from moefuse.checkpoint.headers import CONFIG
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.console import track
 from moefuse.errors import UserError
 from moefuse.export.gguf import quantize
+from moefuse.export.gguf.fused import FusedLayout, check_shared
 from moefuse.export.gguf.tensors import Layout, Piece
 from moefuse.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from moefuse.export.student_reader import StudentReader
 from moefuse.families import Family
-from moefuse.families._gguf import Gguf, lacks_low_rank_query
-from moefuse.modeling import is_fused
+from moefuse.families._gguf import Gguf
+from moefuse.modeling import is_fused, register_fused
 from moefuse.places import check_place
 
 PLAIN = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
@@ -36,12 +41,18 @@ STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class GgufResult:
-    """Where the file is, its bytes, how its numbers are stored and how text is cut."""
+    """Where the file is, its bytes, how its numbers are stored and how text is cut.
+
+    ``kinds`` are the bytes of tensors by how they are stored: the engine has another kind for rows
+    that the one asked for cannot take. ``fused`` says that the patched engine is needed.
+    """
 
     out: Path
     bytes: int
     quant: str
+    kinds: dict[str, int]
     pre_tokenizer: str
+    fused: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -54,15 +65,16 @@ def export_gguf(
     *,
     quant: str = "auto",
     pre_tokenizer: str | None = None,
-    stand_in_query: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> GgufResult:
-    """Write the plain checkpoint (directory or hub id) as the GGUF file ``out``.
+    """Write a checkpoint (directory or hub id) as the GGUF file ``out``.
 
+    A fused student's keeps its bases shared, and needs the engine that ``make llama-cpp`` builds.
     ``quant`` is auto (as stored), F32, F16, BF16, Q8_0, or whatever llama.cpp quantises to, such
-    as Q4_K_M, for which llama-cpp-python must be installed. Raises ``UserError`` before any work
-    for what llama.cpp cannot run.
+    as Q4_K_M, for which llama-cpp-python must be installed; a fused student's deltas, scales and
+    biases are in F16 where its bases are quantised. Raises ``UserError`` before any work for what
+    llama.cpp cannot run.
     """
     out = Path(out)
     _check_out(out, overwrite=overwrite)
@@ -71,22 +83,20 @@ def export_gguf(
     if quant not in PLAIN:
         quantize.check_available(quant)
     form, settings = form_of(reader), settings_of(reader.family, reader.config)
-    stands_in = lacks_low_rank_query(settings) if form.splits_latent else False
-    check_can_run(reader, form, settings, stand_in_query=stand_in_query)
+    check_can_run(reader, form, settings)
     gguf = _package()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         reader.directory, trust_remote_code=trust_remote_code
     )
     vocabulary = read_vocabulary(reader.directory, tokenizer, settings["vocab_size"], pre_tokenizer)
     names = gguf.get_tensor_name_map(_architecture(gguf, form), settings["num_hidden_layers"])
-    layout = Layout(reader, form, settings, names.get_name, stands_in=stands_in)
+    layout = _layout(reader, form, settings, names.get_name)
     facts = metadata(reader, form, settings)
-    if stands_in:
-        facts["attention.q_lora_rank"] = settings["hidden_size"]
     plain = quant if quant in PLAIN else STORED.get(reader.dtype, "F32")
+    own = quant if quant in STORED.values() else "F16"
 
     def write(path: Path) -> None:
-        _write(path, gguf, form, facts, vocabulary, layout, plain)
+        _write(path, gguf, facts, vocabulary, layout, plain, own)
 
     if quant in PLAIN:
         artifacts.write_atomically(out, write)
@@ -97,7 +107,9 @@ def export_gguf(
             artifacts.write_atomically(out, lambda path: quantize.quantize(whole, path, quant))
         finally:
             whole.unlink(missing_ok=True)
-    return GgufResult(out, out.stat().st_size, quant, vocabulary.pre)
+    kinds = stored_kinds(gguf, out)
+    fused = isinstance(layout, FusedLayout)
+    return GgufResult(out, out.stat().st_size, quant, kinds, vocabulary.pre, fused)
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
@@ -119,13 +131,25 @@ def _package() -> Any:
 
 
 def _open(checkpoint: str | Path, *, trust_remote_code: bool) -> CheckpointReader:
-    path = Path(checkpoint)
-    if (path / "config.json").is_file() and is_fused(artifacts.read_json(path / "config.json")):
-        raise UserError(
-            f"{checkpoint} is a fused checkpoint, which llama.cpp does not know; make a plain one "
-            "of it first, with 'moefuse collapse' (smaller) or 'moefuse expand' (exact)."
-        )
+    path = Path(checkpoint) / CONFIG
+    config = artifacts.read_json(path) if path.is_file() else {}
+    if is_fused(config):
+        student = StudentReader.of(path.parent)
+        check_shared(student)
+        register_fused(config)  # its tokenizer is asked for by the model's type
+        return student
     return CheckpointReader.open(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def _layout(
+    reader: CheckpointReader,
+    form: Gguf,
+    settings: dict[str, Any],
+    rename: Callable[[str], str | None],
+) -> Layout:
+    if isinstance(reader, StudentReader):
+        return FusedLayout(reader, form, settings, rename)
+    return Layout(reader, form, settings, rename)
 
 
 def form_of(reader: CheckpointReader) -> Gguf:
@@ -145,20 +169,9 @@ def settings_of(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return native.from_dict(copy.deepcopy(dict(config))).to_dict()
 
 
-def check_can_run(
-    reader: CheckpointReader, form: Gguf, settings: Mapping[str, Any], *, stand_in_query: bool
-) -> None:
+def check_can_run(reader: CheckpointReader, form: Gguf, settings: Mapping[str, Any]) -> None:
     """Raise ``UserError`` with the reason for a model that llama.cpp does not load or run right."""
     reason = form.objection(settings) or _general_objection(reader, form, settings)
-    if reason is None and form.splits_latent and lacks_low_rank_query(settings):
-        if stand_in_query:
-            return
-        reason = (
-            "it takes a DeepSeek model for one without low-rank queries (q_lora_rank) only by its "
-            f"number of layers, 26 or 27, and this one has {settings['num_hidden_layers']}; pass "
-            "--stand-in-query to write a low-rank query that computes the same, for one more "
-            "matrix of hidden x hidden numbers a layer"
-        )
     if reason is not None:
         raise UserError(f"llama.cpp cannot run {reader.source}: {reason}.")
 
@@ -243,23 +256,26 @@ def _architecture(gguf: Any, form: Gguf) -> Any:
 def _write(
     path: Path,
     gguf: Any,
-    form: Gguf,
     facts: Mapping[str, Any],
     vocabulary: Vocabulary,
     layout: Layout,
     quant: str,
+    own: str,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, form.architecture)
+    architecture = layout.form.architecture
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_type("model")
     writer.add_name(layout.reader.directory.name)
     writer.add_file_type(PLAIN[quant])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in facts.items():
-        _add(writer, f"{form.architecture}.{key}", value)
+        _add(writer, f"{architecture}.{key}", value)
+    for key, value in layout.keys.items():
+        _add(writer, key, value)
     _add_vocabulary(writer, vocabulary)
     pieces = list(layout.pieces())
-    kinds = [gguf.GGMLQuantizationType[kind_of(piece, quant)] for piece in pieces]
+    kinds = [gguf.GGMLQuantizationType[kind_of(piece, quant, own)] for piece in pieces]
     for piece, kind in zip(pieces, kinds, strict=True):
         _announce(writer, gguf, piece, kind)
     writer.write_header_to_file()
@@ -267,17 +283,27 @@ def _write(
     writer.write_ti_data_to_file()
     try:
         for piece, kind in track(list(zip(pieces, kinds, strict=True)), "Write"):
-            numbers = piece.make().float().contiguous().numpy()
-            writer.write_tensor_data(gguf.quants.quantize(numbers, kind))
+            writer.write_tensor_data(_stored(gguf, piece.make(), kind))
     finally:
         writer.close()
 
 
-def kind_of(piece: Piece, quant: str) -> str:
+def _stored(gguf: Any, numbers: Tensor, kind: Any) -> np.ndarray:
+    if kind.name == "I32":
+        return numbers.int().numpy()
+    return gguf.quants.quantize(numbers.float().contiguous().numpy(), kind)
+
+
+def kind_of(piece: Piece, quant: str, own: str) -> str:
     """Return how one tensor is stored: vectors and routers in F32, and F16 where blocks do not fit.
 
-    The engine computes routers in F32, and a rounded router chooses other experts.
+    The engine computes routers in F32, and a rounded router chooses other experts. ``own`` is how
+    that is stored which is one expert's beside shared bases.
     """
+    if piece.kind is not None:
+        return piece.kind
+    if piece.own:
+        return own
     if len(piece.shape) == 1 or "ffn_gate_inp" in piece.name:
         return "F32"
     if quant == "Q8_0" and piece.shape[-1] % BLOCK:
@@ -292,15 +318,15 @@ def _announce(writer: Any, gguf: Any, piece: Piece, kind: Any) -> None:
     count = 1
     for length in piece.shape[:-1]:
         count *= length
-    is_float = kind.name in ("F32", "F16")
-    plain = {"F32": "float32", "F16": "float16"}.get(kind.name, "uint8")
-    shape = piece.shape if is_float else (*piece.shape[:-1], row)
+    known = {"F32": "float32", "F16": "float16", "I32": "int32"}
+    plain = known.get(kind.name, "uint8")
+    shape = piece.shape if kind.name in known else (*piece.shape[:-1], row)
     writer.add_tensor_info(
         piece.name,
         shape,
         np.dtype(plain),
         count * row,
-        raw_dtype=None if is_float else kind,
+        raw_dtype=None if kind.name in known else kind,
     )
 
 
@@ -331,9 +357,23 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
+def stored_kinds(gguf: Any, path: Path) -> dict[str, int]:
+    """Return the bytes of a file's tensors by how they are stored, most bytes first."""
+    found: Counter[str] = Counter()
+    for tensor in gguf.GGUFReader(path).tensors:
+        found[tensor.tensor_type.name] += int(tensor.n_bytes)
+    return dict(found.most_common())
+
+
 def render_gguf(result: GgufResult) -> str:
-    """Say in a line what was written."""
-    return (
-        f"{result.out}: {result.bytes / 1e6:.1f} MB, {result.quant}, pre-tokenizer "
-        f"{result.pre_tokenizer!r}."
+    """Say in a few lines what was written."""
+    kinds = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in result.kinds.items())
+    told = (
+        f"{result.out}: {result.bytes / 1e6:.1f} MB, {result.quant} (stored as {kinds}), "
+        f"pre-tokenizer {result.pre_tokenizer!r}."
     )
+    needs = (
+        "Its bases are shared, which llama.cpp runs with moefuse's patch: 'make llama-cpp' in "
+        "moefuse's repository builds it."
+    )
+    return f"{told}\n{needs}" if result.fused else told

@@ -1,28 +1,29 @@
-"""Which way the fused experts are computed: by Triton's kernels, or plainly.
+"""Which way the fused experts are computed: by Triton's kernels, by grouped products, or plainly.
 
 ``MOEFUSE_KERNELS`` in the environment, or ``use``, says which:
 
-- ``auto`` (default): Triton on a GPU where it is installed and no gradient is wanted, else plainly.
+- ``auto`` (default): on a GPU, where they can, Triton if no gradient is wanted and grouped products
+  if one is (bfloat16, from Hopper on); else plainly.
 - ``triton``: Triton or an error that says why not. Gradients are those of the plain way, which is
   computed anew for them.
-- ``plain``: PyTorch alone.
+- ``grouped``: PyTorch's grouped products, with gradients, or an error that says why not.
+- ``plain``: PyTorch alone, as a checkpoint's own file has it.
 
 ``offered`` is this package's entry point ``moefuse.kernels``, by which the modelling file of a
 checkpoint finds it without importing moefuse.
 """
 
 import os
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moefuse.errors import UserError
+from moefuse.modeling.kernels import grouped_path
+from moefuse.modeling.kernels.installed import INSTALLED, INTERPRETED
 
-SETTINGS = ("auto", "triton", "plain")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-INSTALLED = find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
+SETTINGS = ("auto", "triton", "grouped", "plain")
 
 if INSTALLED or TYPE_CHECKING:
     from moefuse.modeling.kernels import triton_path
@@ -52,16 +53,23 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
 def offered(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor | None:
     """Return the fused experts' output, (T, D), or None where the plain way is the way.
 
-    Raises ``UserError`` where Triton is asked for and cannot be had.
+    Raises ``UserError`` where Triton or grouped products are asked for and cannot be had.
     """
     if _setting == "plain" or (_setting == "auto" and not x_TD.is_cuda):
         return None
-    why_not = obstacle(module, x_TD)
-    if _setting == "triton" and why_not is not None:
-        raise UserError(f"MOEFUSE_KERNELS is 'triton', but {why_not}.")
     wanted = _wants_gradients(module, x_TD, weight_TK)
-    if why_not is not None or (_setting == "auto" and wanted):
-        return None
+    way = _setting
+    if way == "auto":
+        way = "grouped" if wanted else "triton"
+        if wanted and not grouped_path.pays(x_TD):
+            return None
+    why_not = grouped_path.obstacle(module, x_TD) if way == "grouped" else obstacle(module, x_TD)
+    if why_not is not None:
+        if _setting == "auto":
+            return None
+        raise UserError(f"MOEFUSE_KERNELS is '{_setting}', but {why_not}.")
+    if way == "grouped":
+        return grouped_path.forward(module, x_TD, index_TK, weight_TK)  # type: ignore[reportCallIssue]
     return triton_path.forward(module, x_TD, index_TK, weight_TK, with_gradients=wanted)
 
 

@@ -1,5 +1,6 @@
 """Tile sizes of the Triton kernels, by how many rows a group has."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +41,23 @@ MANY_ROWS = 1024
 IN_FP32 = Tiles(16, Product(32, 32, 4, 2), Product(32, 32, 4, 2), 16, 32)
 
 
-def tiles_for(rows: int, groups: int, dtype: torch.dtype) -> Tiles:
-    """Return the tile sizes for ``rows`` rows spread over ``groups`` groups."""
+FEW_PROGRAMS = 80
+"""Below so many programs tiles of 128 rows leave most of a GPU idle; smaller ones make more."""
+
+
+def tiles_for(rows: int, groups: int, columns: int, dtype: torch.dtype) -> Tiles:
+    """Return the tile sizes for ``rows`` rows spread over ``groups`` groups.
+
+    ``columns`` is F, how wide the narrower of the two products is.
+    """
     if dtype == torch.float32:
         return IN_FP32
     expected = rows / groups
     if expected > MANY_ROWS:
         return MANY
-    return next((tiles for tiles in BY_ROWS if tiles.rows >= expected), BY_ROWS[-1])
+    found = next((tiles for tiles in BY_ROWS if tiles.rows >= expected), BY_ROWS[-1])
+    programs = groups * math.ceil(expected / found.rows) * math.ceil(columns / 128)
+    return BY_ROWS[-2] if found is BY_ROWS[-1] and programs < FEW_PROGRAMS else found
 
 
 @dataclass(frozen=True)

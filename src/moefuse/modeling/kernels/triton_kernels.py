@@ -15,10 +15,10 @@ chunk of what is summed over, Q the rank filled up to a power of two. Base weigh
 import triton
 import triton.language as tl
 
-SILU = tl.constexpr(0)
-GELU = tl.constexpr(1)
-CLAMPED = tl.constexpr(2)
-"""Gatings by number; the last is gpt-oss's."""
+from moefuse.modeling.kernels import gatings
+
+SILU = tl.constexpr(gatings.SILU)
+GELU = tl.constexpr(gatings.GELU)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moefuse.modeling.kernels import triton_coded_path
 from moefuse.modeling.kernels import triton_kernels as kernels
+from moefuse.modeling.kernels.gatings import number_of
 from moefuse.modeling.kernels.tiles import Product, Tiles, tiles_for
 from moefuse.modeling.kernels.triton_order import (
     FEW,
@@ -29,7 +30,6 @@ from moefuse.modeling.kernels.triton_order import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SILU, GELU, CLAMPED = kernels.SILU.value, kernels.GELU.value, kernels.CLAMPED.value
 
 
 def _addresses(weights: list[Tensor]) -> Tensor:
@@ -130,7 +130,7 @@ def fused_experts(
         index_TK.contiguous(),
         weight_TK.contiguous(),
         places_of(group_of_expert, len(down)),
-        tiles_for(number, len(down), x_TD.dtype),
+        tiles_for(number, len(down), intermediate, x_TD.dtype),
         "ieee" if x_TD.dtype == torch.float32 else "tf32",
     )
     scale, bias, down_bias = extras
@@ -178,18 +178,6 @@ def fused_experts(
     return out_TD
 
 
-def _gating_of(gating: Any) -> tuple[int, float, float] | None:
-    """Return the kernels' number, alpha and limit of a gating that they know."""
-    # By name, because the classes of a checkpoint's own file are not moefuse's.
-    if type(gating).__name__ == "ClampedGating":
-        return CLAMPED, gating.alpha, gating.limit
-    activation = getattr(gating, "activation", None)
-    name = getattr(activation, "__name__", type(activation).__name__)
-    number = {"silu": SILU, "SiLU": SILU, "SiLUActivation": SILU, "gelu": GELU, "GELU": GELU}
-    exact = getattr(activation, "approximate", "none") == "none"
-    return (number[name], 0.0, 0.0) if name in number and exact else None
-
-
 def obstacle(module: Any, x_TD: Tensor) -> str | None:
     """Say what of ``module`` or ``x_TD`` (T, D) the kernels cannot compute, or None."""
     found = None
@@ -197,7 +185,7 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
         found = f"they compute float32, bfloat16 and float16, not {x_TD.dtype}"
     elif torch.is_autocast_enabled(x_TD.device.type):
         found = "autocast is on"
-    elif _gating_of(module.gating) is None:
+    elif number_of(module.gating) is None:
         found = "they know silu, gelu and gpt-oss's gating alone"
     elif _has_neurons(module):
         found = triton_coded_path.obstacle(module)
@@ -225,7 +213,7 @@ def _obstacle_of_weights(module: Any, x_TD: Tensor) -> str | None:
 
 
 def _computed(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    gating = _gating_of(module.gating)
+    gating = number_of(module.gating)
     assert gating is not None
     if _has_neurons(module):
         with torch.cuda.device_of(x_TD):
