@@ -145,7 +145,7 @@ def test_what_the_patch_cannot_run_is_refused_with_the_reason(
         plan["delta"] = "multiplexed_mixture"
     write_json(older / "config.json", config)
 
-    for student, words in ((neurons, "own neurons at few bits"), (older, "older layout")):
+    for student, words in ((neurons, "own neurons at few bits"), (older, "multiplexed experts")):
         ran = run_here(capfd, "export", "gguf", student, tmp_path / "out.gguf")
         assert ran.status == 2
         assert words in ran.err
