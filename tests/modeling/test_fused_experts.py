@@ -12,7 +12,7 @@ from random_experts import Sizes, random_call, random_experts
 from torch import Tensor
 
 from moefuse.modeling import FusedExperts
-from moefuse.modeling.modeling_moefuse import expert_linear, padded_linear
+from moefuse.modeling.modeling_moefuse import expert_linear, of_few_rows, padded_linear
 from moefuse.modeling.naive import naive_forward
 
 KINDS = [
@@ -302,3 +302,16 @@ def test_one_batched_product_is_those_of_one_expert_after_another(rows: list[int
 
     for one, other in zip(*found, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("rows", [7, 8, 15, 16])
+def test_few_rows_give_what_the_linear_layer_does_and_no_more(rows: int) -> None:
+    linear, x_PI = torch.nn.Linear(40, 24, bias=False), torch.randn(rows, 40)
+    seen: list[int] = []
+    linear.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+
+    with torch.no_grad():
+        y_PO = of_few_rows(linear, x_PI)
+
+    assert seen == [16 if rows in (8, 15) else rows]
+    assert_close(y_PO, x_PI @ linear.weight.T)

@@ -161,6 +161,17 @@ def padded_linear(x_NI: Tensor, weight_EOI: Tensor, rows_per_expert: list[int]) 
     return y_ECO.flatten(0, 1).index_select(0, place_N)
 
 
+def of_few_rows(linear: nn.Module, x_PI: Tensor) -> Tensor:
+    """Apply a linear layer to rows, fp32 ones on a CPU filled up to 16 if there are 8 to 15.
+
+    MKL's product with a base of 2816 x 2048 was seen to take 3.1 ms for 14 rows, 2.1 for 16.
+    """
+    rows, on_cpu = len(x_PI), x_PI.device.type == "cpu" and x_PI.dtype == torch.float32
+    if torch.is_grad_enabled() or not on_cpu or not 8 <= rows < 16:
+        return linear(x_PI)
+    return linear(nn.functional.pad(x_PI, (0, 0, 0, 16 - rows)))[:rows]
+
+
 def weight_of_experts(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Tensor:
     """Return the routing weights of all E experts, 0 where one was not chosen: (T, E) fp32."""
     weight_TE = torch.zeros(len(index_TK), experts, device=index_TK.device)
@@ -382,7 +393,7 @@ class FusedExperts(OpaqueExperts):
         """Apply each group's base layer ``name`` to its pairs, (P, I) to (P, O)."""
         parts = x_PI.split(pairs_per_group)
         outputs = [
-            getattr(base, name)(part)
+            of_few_rows(getattr(base, name), part)
             for base, part in zip(self.bases, parts, strict=True)
             if part.shape[0]
         ]
