@@ -16,6 +16,7 @@ from engine import expected, greedy, loaded, logits, prompts, save
 from numeric import assert_close
 from running import write_text
 from students import unsettle
+from test_engine import FAMILIES as EVERY_FAMILY
 from test_engine import losses
 from together import Together
 
@@ -37,17 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "one group": {"groups": 1, "rank": 4},
     "scale and bias": {"groups": 3, "rank": 4, "scale": True, "bias": True},
 }
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v2": ("deepseek_v2", {"q_lora_rank": 24}),
-    "deepseek_v2, whole queries": ("deepseek_v2", {}),
-    "deepseek_v3": ("deepseek_v3", {"n_group": 4, "topk_group": 2}),
-    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
-    "qwen2_moe": ("qwen2_moe", {"mlp_only_layers": [], "norm_topk_prob": False}),
-    "mixtral": ("mixtral", {"sliding_window": None}),
-    "olmoe": ("olmoe", {"norm_topk_prob": False}),
-    "glm4_moe": ("glm4_moe", {}),
-    "hunyuan_v1_moe": ("hunyuan_v1_moe", {}),
-}
+FAMILIES = {case: given for case, given in EVERY_FAMILY.items() if "yarn" not in case}
 
 
 @pytest.fixture(scope="module")

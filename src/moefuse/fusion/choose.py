@@ -51,9 +51,7 @@ def factor(
     first ``options.fit_tokens`` are fitted to and the others judge (the same, where there are no
     others); ``group_of_expert`` (E,) integers on that device.
     """
-    tokens = len(call.x_TD)
-    fit = call.rows(slice(0, options.fit_tokens))
-    judge = call.rows(slice(options.fit_tokens, None)) if tokens > options.fit_tokens else fit
+    fit, judge = fit_and_judge(call, options.fit_tokens)
     tried: list[Factored] = []
     for base in _worth_trying(experts, statistics, group_of_expert, plan, options):
         if base == "mean":
@@ -65,6 +63,13 @@ def factor(
             state.setdefault("bias", torch.zeros(experts.gate_up_EFD.shape[:2], **zeros))
         tried.append(judged(state, base, experts, plan, judge))
     return min(tried, key=lambda factored: factored.error)
+
+
+def fit_and_judge(call: ExpertsCall, fit_tokens: int) -> tuple[ExpertsCall, ExpertsCall]:
+    """Return the tokens that a layer is fitted to and those that judge it: the first and the
+    others, the same where there are no others."""
+    fit = call.rows(slice(0, fit_tokens))
+    return fit, call.rows(slice(fit_tokens, None)) if len(call.x_TD) > fit_tokens else fit
 
 
 def _worth_trying(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moefuse.config import FactorConfig, GroupConfig, merge_of
-from moefuse.fusion.choose import Factored, judged
+from moefuse.fusion.choose import Factored, fit_and_judge, judged
 from moefuse.mathematics.experts import Experts, ExpertsCall
 from moefuse.mathematics.statistics import LayerStatistics
 from moefuse.multiplexing.halving import PAIR_MERGES, halve
@@ -48,8 +48,7 @@ def multiplex(
     others); ``group_of_expert`` (E,) integers on that device, of no account to halving. What starts
     as random numbers follows from ``seed``.
     """
-    fit = call.rows(slice(0, options.fit_tokens))
-    judge = call.rows(slice(options.fit_tokens, None)) if len(call.x_TD) > len(fit.x_TD) else fit
+    fit, judge = fit_and_judge(call, options.fit_tokens)
     merge = merge_of(grouping, options)
     making = Making(MERGES[merge], ADAPTERS[plan.delta], plan.rank)
 

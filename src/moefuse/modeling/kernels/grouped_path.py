@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moefuse.modeling.kernels.gatings import number_of
 from moefuse.modeling.kernels.installed import INSTALLED
 from moefuse.modeling.kernels.joining import Rows, collect, join, rows_of, spread
+from moefuse.modeling.kernels.weights import obstacle_of_weights
 from moefuse.modeling.modeling_moefuse import weight_of_experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +49,7 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
         found = "grouped products compute students of bases, not of own neurons"
     elif module.delta is not None and type(module.delta).__name__ != "LowRankDelta":
         found = "grouped products know low-rank deltas alone"
-    elif (strange := _obstacle_of_weights(module, x_TD)) is not None:
+    elif (strange := _strange_weights(module, x_TD)) is not None:
         found = strange
     elif x_TD.device.type not in ("cpu", "cuda"):
         found = f"the input is on {x_TD.device.type}"
@@ -61,16 +62,8 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
     return found
 
 
-def _obstacle_of_weights(module: Any, x_TD: Tensor) -> str | None:
-    linears = [linear for base in module.bases for linear in base.children()]
-    strange = next((one for one in linears if type(one) is not nn.Linear), None)
-    if strange is not None:
-        return f"a base is a {type(strange).__name__}, not a plain nn.Linear"
-    casts = torch.is_autocast_enabled(x_TD.device.type)
-    for parameter in module.parameters():
-        if parameter.device != x_TD.device or not (casts or parameter.dtype == x_TD.dtype):
-            return f"weights are {parameter.dtype} on {parameter.device}, the input is not"
-    return None
+def _strange_weights(module: Any, x_TD: Tensor) -> str | None:
+    return obstacle_of_weights(module, x_TD, casts=torch.is_autocast_enabled(x_TD.device.type))
 
 
 def pays(x_TD: Tensor) -> bool:

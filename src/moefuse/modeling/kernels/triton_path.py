@@ -28,6 +28,7 @@ from moefuse.modeling.kernels.triton_order import (
     sorted_rows,
     table,
 )
+from moefuse.modeling.kernels.weights import obstacle_of_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -191,25 +192,14 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
         found = triton_coded_path.obstacle(module)
     elif module.delta is not None and type(module.delta).__name__ != "LowRankDelta":
         found = "they know low-rank deltas alone"
-    return found or _obstacle_of_weights(module, x_TD)
+    found = found or obstacle_of_weights(module, x_TD)
+    if found is None and not all(weight.is_contiguous() for weight in module.parameters()):
+        found = "a weight does not lie in one piece"
+    return found
 
 
 def _has_neurons(module: Any) -> bool:
     return type(module).__name__ == "NeuronExperts"
-
-
-def _obstacle_of_weights(module: Any, x_TD: Tensor) -> str | None:
-    bases = () if _has_neurons(module) else module.bases
-    linears = [linear for base in bases for linear in base.children()]
-    strange = next((one for one in linears if type(one) is not torch.nn.Linear), None)
-    if strange is not None:
-        return f"a base is a {type(strange).__name__}, not a plain nn.Linear"
-    for parameter in module.parameters():
-        if parameter.dtype != x_TD.dtype or parameter.device != x_TD.device:
-            return f"weights are {parameter.dtype} on {parameter.device}, the input is not"
-        if not parameter.is_contiguous():
-            return "a weight does not lie in one piece"
-    return None
 
 
 def _computed(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
