@@ -1,7 +1,7 @@
 """Text generated end to end: DeepSeek-Coder-V2-Lite's shapes, fused against original.
 
 Both are of true size (the original 15.7 B parameters) and randomly initialised, which takes the
-time that trained weights take; random routers spread tokens evenly. ``generate`` of Transformers writes
+time that trained weights take; random routers spread tokens evenly. Transformers' ``generate`` writes
 new tokens after a prompt, greedily, for batches of several sizes: with a dynamic cache, and with a
 static one, which compiles the model. The original runs with its fastest experts implementation.
 Each model has a process of its own; device memory is what was most held by it.
