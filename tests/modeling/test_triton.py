@@ -14,7 +14,7 @@ from triton_ways import DEVICE, DTYPES, by_triton, poisoned, triton_forward  # n
 
 from moefuse.errors import UserError
 from moefuse.modeling import kernels, modeling_moefuse
-from moefuse.modeling.kernels import triton_path
+from moefuse.modeling.kernels import triton_pairs, triton_path
 from moefuse.modeling.kernels.tiles import tiles_for
 from moefuse.modeling.naive import naive_forward
 
@@ -53,6 +53,35 @@ def test_sizes_beyond_one_tile(rank: int, options: dict[str, Any], dtype: torch.
     expected = naive_forward(module.cpu(), x_TD, index_TK, w_TK)
     assert_close(y_TD.float(), expected, 1e-4 if dtype == torch.float32 else BF16)
     assert y_TD.dtype == dtype
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_are_multiplied_by_pairs(
+    rank: int, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token's members of one group share a base's product; groups are of unlike sizes."""
+    monkeypatch.setattr(triton_pairs, "MANY_ROWS", 1)
+    monkeypatch.setattr(triton_path, "FEW", 8)
+    sizes = Sizes(
+        tokens=41, experts=9, top_k=4, groups=3, rank=rank, hidden=40, intermediate=72, hit=8
+    )
+    module = random_experts(sizes, **options).requires_grad_(False).to(dtype)
+    for parameter in module.parameters():
+        parameter.mul_(0.3)
+    module.group_of_expert.copy_(torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2]))
+    x_TD, index_TK, w_TK = random_call(sizes)
+    x_TD = x_TD.to(dtype)
+    used: list[Any] = []
+    usual = triton_path._by_pairs
+    monkeypatch.setattr(triton_path, "_by_pairs", lambda *given: used.append(usual(*given)))
+
+    y_TD = triton_forward(module, x_TD, index_TK, w_TK)
+
+    assert len(used) == 1
+    expected = naive_forward(module.cpu(), x_TD, index_TK, w_TK)
+    assert_close(y_TD.float(), expected, 1e-4 if dtype == torch.float32 else BF16)
 
 
 def test_the_order_is_by_group_and_expert_and_both_ways_agree(

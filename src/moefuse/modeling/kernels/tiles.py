@@ -61,6 +61,25 @@ def tiles_for(rows: int, groups: int, columns: int, dtype: torch.dtype) -> Tiles
 
 
 @dataclass(frozen=True)
+class PairTiles:
+    """All sizes of one call by pairs: of both products, and of what joins gate and up."""
+
+    rows: int
+    product: Product
+    join_rows: int
+    join_columns: int
+
+
+PAIRS = PairTiles(128, Product(256, 64, 8, 3), 32, 128)
+PAIRS_IN_FP32 = PairTiles(16, Product(32, 32, 4, 2), 16, 32)
+
+
+def pair_tiles_for(*, ieee: bool) -> PairTiles:
+    """Return the tile sizes for pairs; ``ieee`` where products are those of float32."""
+    return PAIRS_IN_FP32 if ieee else PAIRS
+
+
+@dataclass(frozen=True)
 class CodedTiles:
     """All sizes of one call of experts whose neurons are coded.
 

@@ -165,10 +165,10 @@ def inner_rows(
     inner,
     experts,
     width,
-    top_k,
+    shared_by,
     RANK: tl.constexpr,
     FILLED: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
+    NUMBERED: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -176,7 +176,8 @@ def inner_rows(
 ):
     """Write ``A_e x`` of every row, as the rows are numbered: ``inner`` (N, R).
 
-    ``a`` is (E, R, width). ``x`` holds a token a row if ``BY_TOKEN``, else ordered rows.
+    ``a`` is (E, R, width). ``x`` has one for every
+    ``shared_by`` rows if they are ``NUMBERED``, else ordered rows.
     """
     place, first, end = tile_of_rows(start, places, experts, tl.program_id(0), ROWS, PARTS)
     if place >= experts:
@@ -185,7 +186,7 @@ def inner_rows(
     position = first + tl.arange(0, ROWS)
     live = position < end
     row = tl.load(order + position, mask=live, other=0)
-    source = row // top_k if BY_TOKEN else position
+    source = row // shared_by if NUMBERED else position
     rank = tl.arange(0, FILLED)
     x_row = x + source.to(tl.int64)[:, None] * width
     a_row = a + expert * RANK * width + rank[None, :] * width

@@ -23,7 +23,8 @@ class Places:
 
     ``of_expert`` and ``expert`` (E) int32, each the other's inverse; ``first`` (G + 1) int32, the
     place of each group's first member; ``every`` (E + 1) int32, all places; ``sortable`` is
-    ``of_expert`` in the smallest dtype that holds it, which sorts fastest.
+    ``of_expert`` in the smallest dtype that holds it, which sorts fastest; ``largest`` is how many
+    members the largest group has.
     """
 
     of_expert: Tensor
@@ -31,6 +32,7 @@ class Places:
     first: Tensor
     every: Tensor
     sortable: Tensor
+    largest: int
 
 
 _places: Any = WeakIdKeyDictionary()
@@ -47,7 +49,8 @@ def places_of(group_of_expert: Tensor, groups: int) -> Places:
     first = torch.searchsorted(group_E, torch.arange(groups + 1, device=expert.device))
     of_expert = torch.empty_like(every[:-1]).scatter_(0, expert, every[:-1])
     small = torch.uint8 if len(expert) <= 256 else torch.int32
-    found = Places(of_expert, expert.int(), first.int(), every, of_expert.to(small))
+    largest = int(first.diff().max())
+    found = Places(of_expert, expert.int(), first.int(), every, of_expert.to(small), largest)
     _places[group_of_expert] = (version, found)
     return found
 

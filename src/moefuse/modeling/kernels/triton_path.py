@@ -28,6 +28,7 @@ from moefuse.modeling.kernels.triton_order import (
     sorted_rows,
     table,
 )
+from moefuse.modeling.kernels.triton_pairs import PairLayer, pairs_of, pays
 from moefuse.modeling.kernels.weights import obstacle_of_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,17 +61,22 @@ class _Layer:
         return len(self.places.first) - 1
 
     def inner(
-        self, source: Tensor, a_ERI: Tensor, rows: Rows, *, by_token: bool, into: Tensor
+        self, source: Tensor, a_ERI: Tensor, rows: Rows, *, shared_by: int | None, into: Tensor
     ) -> None:
-        """Write ``A_e x`` of all rows into ``into`` (N, R), by tiles of an expert's rows."""
+        """Write ``A_e x`` of all rows into ``into`` (N, R), by tiles of an expert's rows.
+
+        ``source`` has a row for every ``shared_by`` rows as they are numbered, or, with None, one
+        for each in their order.
+        """
         _, rank, width = a_ERI.shape
         tiles = self.tiles
         launch(
             kernels.inner_rows,
             (triton.cdiv(self.rows, tiles.inner_rows) + min(self.experts, self.rows),),
             source, a_ERI, rows.order, rows.start, self.places.every, self.places.expert, into,
-            self.experts, width, self.index_TK.shape[1],
-            RANK=rank, FILLED=filled(rank, 16), BY_TOKEN=by_token, ROWS=tiles.inner_rows,
+            self.experts, width, shared_by or 1,
+            RANK=rank, FILLED=filled(rank, 16), NUMBERED=shared_by is not None,
+            ROWS=tiles.inner_rows,
             CHUNK=tiles.inner_chunk, PARTS=filled(self.experts), PRECISION=self.precision,
         )  # fmt: skip
 
@@ -138,13 +144,19 @@ def fused_experts(
     few = number <= FEW
     gate_up_a, gate_up_b, down_a, down_b = deltas or (None,) * 4
     rank, down_rank = (0 if a is None else a.shape[1] for a in (gate_up_a, down_a))
+    largest = layer.places.largest
+    by_pairs = pays(tokens, top_k, len(down), largest, (down_rank, intermediate))
     inner_NR = x_TD.new_empty(number, rank) if rank else None
     if number <= MOST_COUNTED:
         rows = ordered(layer.index_TK, layer.places, x_TD, gate_up_a if few else None, inner_NR)
     else:
         rows = sorted_rows(layer.index_TK, layer.places)
     if gate_up_a is not None and inner_NR is not None and not few:
-        layer.inner(x_TD, gate_up_a, rows, by_token=True, into=inner_NR)
+        layer.inner(x_TD, gate_up_a, rows, shared_by=top_k, into=inner_NR)
+    if by_pairs:
+        _by_pairs(layer, rows, x_TD, group_of_expert, (gate_up, down), inner_NR, deltas,
+                  extras, gating, out_TD)  # fmt: skip
+        return out_TD
 
     z_NF = x_TD.new_empty(number, intermediate)
     tile = layer.tiles.gate_up
@@ -161,7 +173,7 @@ def fused_experts(
         if few:
             layer.inner_by_row(z_NF, down_a, rows, inner_NR)
         else:
-            layer.inner(z_NF, down_a, rows, by_token=False, into=inner_NR)
+            layer.inner(z_NF, down_a, rows, shared_by=None, into=inner_NR)
     y_ND = x_TD.new_empty(number, hidden)
     tile = layer.tiles.down
     layer.product(
@@ -177,6 +189,37 @@ def fused_experts(
         y_ND, out_TD, hidden, top_k, COLUMNS=columns,
     )  # fmt: skip
     return out_TD
+
+
+def _by_pairs(
+    layer: _Layer,
+    rows: Rows,
+    x_TD: Tensor,
+    group_of_expert: Tensor,
+    bases: tuple[list[Tensor], list[Tensor]],
+    inner_NR: Tensor | None,
+    deltas: list[Tensor],
+    extras: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gating: tuple[int, float, float],
+    into: Tensor,
+) -> None:
+    """Write the fused experts' output into ``into``, every pair multiplied once."""
+    gate_up, down = bases
+    _, gate_up_b, down_a, down_b = deltas or (None,) * 4
+    scale, bias, down_bias = extras
+    by_pairs = PairLayer(
+        layer.index_TK, layer.weight_TK, group_of_expert, layer.places, layer.precision
+    )
+    pairs = pairs_of(layer.index_TK, group_of_expert, layer.groups)
+    base_PH = by_pairs.product(x_TD, pairs, _addresses(gate_up), len(gate_up[0]))
+    z_NF = by_pairs.neurons(base_PH, pairs, rows, inner_NR, gate_up_b, (scale, bias), gating)
+    if down_a is not None:
+        inner_NR = x_TD.new_empty(layer.rows, down_a.shape[1])
+        layer.inner(z_NF, down_a, rows, shared_by=1, into=inner_NR)
+    z_PF, inner_PW = by_pairs.members(z_NF, inner_NR, pairs)
+    wide = None if inner_PW is None or down_b is None else (inner_PW, down_b)
+    y_PD = by_pairs.product(z_PF, pairs, _addresses(down), len(down[0]), wide)
+    by_pairs.sums(y_PD, pairs, down_bias, into)
 
 
 def obstacle(module: Any, x_TD: Tensor) -> str | None:

@@ -1,0 +1,248 @@
+"""Kernels for many rows: a base multiplies every (token, group) pair once, not every member's row.
+
+Names of shapes are those of ``triton_kernels``; P pairs lie sorted by group, then by token.
+"""
+
+import triton
+import triton.language as tl
+
+from moefuse.modeling.kernels.triton_kernels import _factor, _inner_of_tile, gated, tile_of_rows
+
+
+@triton.jit
+def product_of_pairs(
+    source,
+    token_of_pair,
+    table,
+    start,
+    groups_first,
+    every,
+    expert_of_place,
+    inner,
+    b,
+    out,
+    groups,
+    width,
+    columns,
+    most,
+    GATHERED: tl.constexpr,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write every pair's product with its base: ``out`` (P, columns).
+
+    ``source`` holds tokens if ``GATHERED``, else pairs, each ``width`` wide; a base is (columns,
+    width). With ``RANK`` the deltas of all members are added, ``inner`` (P, most * R) holding what
+    their first factors made, nought for members that were not chosen.
+    """
+    group, first, end = tile_of_rows(start, every, groups, tl.program_id(1), ROWS, PARTS)
+    if group >= groups:
+        return
+    position = first + tl.arange(0, ROWS)
+    live = position < end
+    place = position
+    if GATHERED:
+        place = tl.load(token_of_pair + position, mask=live, other=0)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+
+    base = tl.load(table + group).to(tl.pointer_type(source.dtype.element_ty))
+    base = tl.multiple_of(base, 16)
+    row = source + place.to(tl.int64)[:, None] * width
+    base_row = base + column.to(tl.int64)[None, :] * width
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for chunk in range(0, width, CHUNK):
+        part = chunk + tl.arange(0, CHUNK)
+        if EVEN:
+            row_MC = tl.load(row + part[None, :], mask=live[:, None], other=0.0)
+            base_CX = tl.load(base_row + part[:, None])
+        else:
+            fits = part < width
+            row_MC = tl.load(row + part[None, :], mask=live[:, None] & fits[None, :], other=0.0)
+            both = fits[:, None] & inside[None, :]
+            base_CX = tl.load(base_row + part[:, None], mask=both, other=0.0)
+        sums = tl.dot(row_MC, base_CX, sums, input_precision=PRECISION)
+    if RANK > 0:
+        begin = tl.load(groups_first + group)
+        after = tl.load(groups_first + group + 1)
+        rank = tl.arange(0, FILLED)
+        for member in range(begin, after):  # type: ignore[reportArgumentType]
+            expert = tl.load(expert_of_place + member)
+            b_QX = _factor(b, expert, column, inside, columns, RANK, FILLED)
+            at = position.to(tl.int64)[:, None] * (most * RANK) + (member - begin) * RANK
+            own = live[:, None] & (rank < RANK)[None, :]
+            own_MQ = tl.load(inner + at + rank[None, :], mask=own, other=0.0)
+            sums = tl.dot(own_MQ, b_QX, sums, input_precision=PRECISION)
+    tl.store(
+        out + position.to(tl.int64)[:, None] * columns + column[None, :],
+        sums.to(out.dtype.element_ty),
+        mask=live[:, None] & inside[None, :],
+    )
+
+
+@triton.jit
+def neurons_of_rows(
+    base,
+    pair_of_group,
+    order,
+    start,
+    places,
+    expert_of_place,
+    group_of_expert,
+    weight,
+    scale,
+    bias,
+    inner,
+    b,
+    z,
+    experts,
+    tokens,
+    intermediate,
+    top_k,
+    alpha,
+    limit,
+    RANK: tl.constexpr,
+    FILLED: tl.constexpr,
+    SCALE: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write every row's weighted neurons, as the rows are numbered: ``z`` (N, F).
+
+    ``base`` (P, 2F) is what the bases made of pairs, ``pair_of_group`` (G, T) the numbers of pairs.
+    A tile has the rows of one expert.
+    """
+    place, first, end = tile_of_rows(start, places, experts, tl.program_id(1), ROWS, PARTS)
+    if place >= experts:
+        return
+    expert = tl.load(expert_of_place + place).to(tl.int64)
+    group = tl.load(group_of_expert + expert)
+    position = first + tl.arange(0, ROWS)
+    live = position < end
+    row = tl.load(order + position, mask=live, other=0)
+    pair = tl.load(pair_of_group + group * tokens + row // top_k, mask=live, other=0)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < intermediate
+    valid = live[:, None] & inside[None, :]
+
+    at = base + pair.to(tl.int64)[:, None] * (2 * intermediate) + column[None, :]
+    gate_MX = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    up_MX = tl.load(at + intermediate, mask=valid, other=0.0).to(tl.float32)
+    own = expert * 2 * intermediate + column
+    if SCALE:
+        gate_MX *= tl.load(scale + own, mask=inside, other=0.0).to(tl.float32)[None, :]
+        up_MX *= tl.load(scale + intermediate + own, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if RANK > 0:
+        inner_MQ = _inner_of_tile(inner, row, live, RANK, FILLED)
+        gate_QX = _factor(b, expert, column, inside, 2 * intermediate, RANK, FILLED)
+        up_QX = _factor(b, expert, column + intermediate, inside, 2 * intermediate, RANK, FILLED)
+        gate_MX = tl.dot(inner_MQ, gate_QX, gate_MX, input_precision=PRECISION)
+        up_MX = tl.dot(inner_MQ, up_QX, up_MX, input_precision=PRECISION)
+    if BIAS:
+        gate_MX += tl.load(bias + own, mask=inside, other=0.0).to(tl.float32)[None, :]
+        up_MX += tl.load(bias + intermediate + own, mask=inside, other=0.0).to(tl.float32)[None, :]
+    weight_M = tl.load(weight + row, mask=live, other=0.0).to(tl.float32)
+    z_MX = gated(gate_MX, up_MX, alpha, limit, GATING) * weight_M[:, None]
+    tl.store(
+        z + row.to(tl.int64)[:, None] * intermediate + column[None, :],
+        z_MX.to(z.dtype.element_ty),
+        mask=valid,
+    )
+
+
+@triton.jit
+def sum_members(
+    z,
+    inner,
+    token_of_pair,
+    start,
+    every,
+    index,
+    place_of_expert,
+    group_of_expert,
+    groups_first,
+    z_pair,
+    inner_pair,
+    groups,
+    intermediate,
+    top_k,
+    most,
+    RANK: tl.constexpr,
+    WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Sum the chosen members' rows of every pair: ``z_pair`` (P, F).
+
+    With ``RANK`` what the deltas made of them is laid side by side: ``inner_pair`` (P, most * R).
+    """
+    group, pair, _ = tile_of_rows(start, every, groups, tl.program_id(0), 1, PARTS)
+    if group >= groups:
+        return
+    token = tl.load(token_of_pair + pair)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < intermediate
+    total = tl.zeros([COLUMNS], tl.float32)
+    wide = tl.arange(0, WIDE)
+    laid = tl.zeros([WIDE], tl.float32)
+    begin = tl.load(groups_first + group)
+    for slot in range(0, top_k):
+        row = (token * top_k + slot).to(tl.int64)
+        expert = tl.load(index + row)
+        if tl.load(group_of_expert + expert) == group:
+            total += tl.load(z + row * intermediate + column, mask=inside, other=0.0).to(tl.float32)
+            if RANK > 0:
+                member = tl.load(place_of_expert + expert) - begin
+                own = (wide >= member * RANK) & (wide < (member + 1) * RANK)
+                made = inner + row * RANK + wide - member * RANK
+                laid += tl.load(made, mask=own, other=0.0).to(tl.float32)
+    at = z_pair + pair.to(tl.int64) * intermediate + column
+    tl.store(at, total.to(z_pair.dtype.element_ty), mask=inside)
+    if RANK > 0:  # noqa: SIM102 - known when compiled
+        if tl.program_id(1) == 0:
+            beside = inner_pair + pair.to(tl.int64) * (most * RANK) + wide
+            tl.store(beside, laid.to(inner_pair.dtype.element_ty), mask=wide < most * RANK)
+
+
+@triton.jit
+def sum_groups(
+    y,
+    pair_of_group,
+    hit,
+    index,
+    weight,
+    bias,
+    out,
+    groups,
+    tokens,
+    hidden,
+    top_k,
+    BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sum every token's pairs: ``y`` (P, D) to ``out`` (T, D); add its experts' biases."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < hidden
+    total = tl.zeros([COLUMNS], tl.float32)
+    for group in range(0, groups):
+        if tl.load(hit + group * tokens + token) != 0:
+            pair = tl.load(pair_of_group + group * tokens + token).to(tl.int64)
+            total += tl.load(y + pair * hidden + column, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        for slot in range(0, top_k):
+            row = token * top_k + slot
+            expert = tl.load(index + row).to(tl.int64)
+            own = tl.load(bias + expert * hidden + column, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(weight + row).to(tl.float32) * own
+    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=inside)
