@@ -73,7 +73,8 @@ def _laid_out(widths: Tensor, shared: int, block: int) -> Plan:
     spans = torch.stack([begin_EW, count_EW, until_EW - blocks_EW], -1).int()
     every = torch.arange(experts + 1, dtype=torch.int32, device=widths.device)
     small = torch.uint8 if experts <= 256 else torch.int32
-    places = Places(every[:-1], every[:-1], every[:: max(experts, 1)], every, every[:-1].to(small))
+    first, sortable = every[:: max(experts, 1)], every[:-1].to(small)
+    places = Places(every[:-1], every[:-1], first, every, sortable, experts)
     most = int(until_EW[:, -1].max()) if until_EW.numel() else 0
     return Plan(spans.to(widths.device), places, most)
 

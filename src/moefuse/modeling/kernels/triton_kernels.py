@@ -3,13 +3,14 @@
 A row is a (token, slot) pair, number i = t * K + k. Rows are ordered by their expert's *place*;
 places number the experts so that a group's members are neighbours, hence one order serves the
 products grouped by group (bases) and by expert (deltas). A tile of rows of one group multiplies
-that group's base once, whatever experts its rows chose; each member's ``B_e`` is then added by a
-product with the inner rows of all other members set to nothing. Nothing is summed by atomic
-additions: the same input gives the same bytes.
+that group's base once, whatever experts its rows chose; members' ``B_e`` are then added by a
+product with the inner rows laid out by member, nothing where a row chose another one. Nothing is
+summed by atomic additions: the same input gives the same bytes.
 
 Shape suffixes as in ``modeling_moefuse``, and besides: M rows of a tile, X columns of a tile, C a
-chunk of what is summed over, Q the rank filled up to a power of two. Base weights are found by
-``*_table``, the addresses of the G matrices, so that they stay ordinary parameters.
+chunk of what is summed over, Q the rank filled up to a power of two, L lanes, which are ranks of
+neighbouring members side by side. Base weights are found by ``*_table``, the addresses of the G
+matrices, so that they stay ordinary parameters.
 """
 
 import triton
@@ -176,8 +177,8 @@ def inner_rows(
 ):
     """Write ``A_e x`` of every row, as the rows are numbered: ``inner`` (N, R).
 
-    ``a`` is (E, R, width). ``x`` has one for every
-    ``shared_by`` rows if they are ``NUMBERED``, else ordered rows.
+    ``a`` is (E, R, width). ``x`` has a row for every ``shared_by`` rows as they are ``NUMBERED``,
+    else one for each in their order.
     """
     place, first, end = tile_of_rows(start, places, experts, tl.program_id(0), ROWS, PARTS)
     if place >= experts:
@@ -229,6 +230,31 @@ def _factor(b, expert, column, inside, height, RANK: tl.constexpr, FILLED: tl.co
 
 
 @triton.jit
+def _lanes(first, after, expert_of_place, RANK: tl.constexpr, LANES: tl.constexpr):
+    """Tell what ``LANES`` lanes are, members' ranks side by side from number ``first`` on: their
+    members' places, their ranks, which there are before the place ``after``, and their experts."""
+    lane = first + tl.arange(0, LANES)
+    member = lane // RANK
+    there = member < after
+    expert = tl.load(expert_of_place + member, mask=there, other=0)
+    return member, lane % RANK, there, expert.to(tl.int64)
+
+
+@triton.jit
+def _inner_of_lanes(inner, row, place, live, member, rank, RANK: tl.constexpr):
+    """Load the inner rows of a tile, each in its own member's lanes, (M, L)."""
+    own = live[:, None] & (place[:, None] == member[None, :])
+    return tl.load(inner + row[:, None] * RANK + rank[None, :], mask=own, other=0.0)
+
+
+@triton.jit
+def _factors(b, expert, rank, there, column, inside, height, RANK: tl.constexpr):
+    """Load columns of the lanes' ``B_e`` transposed, (L, X); ``b`` is (E, height, R)."""
+    at = (expert[:, None] * height + column[None, :]) * RANK + rank[:, None]
+    return tl.load(b + at, mask=there[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
 def gated(gate, up, alpha, limit, GATING: tl.constexpr):
     """Join gate and up to neurons' values."""
     if GATING == SILU:
@@ -263,7 +289,7 @@ def gate_up(  # noqa: PLR0915
     alpha,
     limit,
     RANK: tl.constexpr,
-    FILLED: tl.constexpr,
+    LANES: tl.constexpr,
     SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     GATING: tl.constexpr,
@@ -317,16 +343,16 @@ def gate_up(  # noqa: PLR0915
         up_MX *= tl.load(scale + intermediate + at, mask=valid, other=0.0).to(tl.float32)
     if RANK > 0:
         place = tl.load(place_of_expert + expert, mask=live, other=0)
-        inner_MQ = _inner_of_tile(inner, row, live, RANK, FILLED)
         lowest = tl.min(tl.where(live, place, 2147483647), 0)
-        highest = tl.max(tl.where(live, place, -1), 0)
-        for member in range(lowest, highest + 1):  # type: ignore[reportArgumentType]
-            other = tl.load(expert_of_place + member)
-            gate_QX = _factor(b, other, column, inside, 2 * intermediate, RANK, FILLED)
-            up_QX = _factor(b, other, column + intermediate, inside, 2 * intermediate, RANK, FILLED)
-            own_MQ = tl.where((place == member)[:, None], inner_MQ, 0.0).to(inner_MQ.dtype)
-            gate_MX = tl.dot(own_MQ, gate_QX, gate_MX, input_precision=PRECISION)
-            up_MX = tl.dot(own_MQ, up_QX, up_MX, input_precision=PRECISION)
+        after = tl.max(tl.where(live, place + 1, 0), 0)
+        for lane in range(lowest * RANK, after * RANK, LANES):  # type: ignore[reportArgumentType]
+            member, rank, there, other = _lanes(lane, after, expert_of_place, RANK, LANES)
+            own_ML = _inner_of_lanes(inner, row, place, live, member, rank, RANK)
+            height = 2 * intermediate
+            gate_LX = _factors(b, other, rank, there, column, inside, height, RANK)
+            up_LX = _factors(b, other, rank, there, column + intermediate, inside, height, RANK)
+            gate_MX = tl.dot(own_ML, gate_LX, gate_MX, input_precision=PRECISION)
+            up_MX = tl.dot(own_ML, up_LX, up_MX, input_precision=PRECISION)
     if BIAS:
         gate_MX += tl.load(bias + at, mask=valid, other=0.0).to(tl.float32)
         up_MX += tl.load(bias + intermediate + at, mask=valid, other=0.0).to(tl.float32)
@@ -358,7 +384,7 @@ def down(
     hidden,
     intermediate,
     RANK: tl.constexpr,
-    FILLED: tl.constexpr,
+    LANES: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -398,14 +424,13 @@ def down(
     expert = tl.load(index + row, mask=live, other=0)
     if RANK > 0:
         place = tl.load(place_of_expert + expert, mask=live, other=0)
-        inner_MQ = _inner_of_tile(inner, row, live, RANK, FILLED)
         lowest = tl.min(tl.where(live, place, 2147483647), 0)
-        highest = tl.max(tl.where(live, place, -1), 0)
-        for member in range(lowest, highest + 1):  # type: ignore[reportArgumentType]
-            other = tl.load(expert_of_place + member)
-            b_QX = _factor(b, other, column, inside, hidden, RANK, FILLED)
-            own_MQ = tl.where((place == member)[:, None], inner_MQ, 0.0).to(inner_MQ.dtype)
-            y_MX = tl.dot(own_MQ, b_QX, y_MX, input_precision=PRECISION)
+        after = tl.max(tl.where(live, place + 1, 0), 0)
+        for lane in range(lowest * RANK, after * RANK, LANES):  # type: ignore[reportArgumentType]
+            member, rank, there, other = _lanes(lane, after, expert_of_place, RANK, LANES)
+            own_ML = _inner_of_lanes(inner, row, place, live, member, rank, RANK)
+            b_LX = _factors(b, other, rank, there, column, inside, hidden, RANK)
+            y_MX = tl.dot(own_ML, b_LX, y_MX, input_precision=PRECISION)
     if BIAS:
         weight_M = tl.load(weight + row, mask=live, other=0.0).to(tl.float32)
         at = expert.to(tl.int64)[:, None] * hidden + column[None, :]

@@ -12,7 +12,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from moefuse.modeling.kernels import triton_kernels as kernels
 
 FEW = 256
-"""Up to how many rows the deltas' inner rows are computed one by one."""
+"""Up to how many rows a row's inner values have more warps and fewer numbers at once."""
+BLOCK, CHUNK = 16, 512
+"""For how many rows a program counts, and how many others it looks at at once."""
+ONE_BY_ONE = 16384
+"""Up to how many numbers, rows times rank, the deltas' inner rows are computed one by one."""
+MOST_LANES = 64
+"""How many ranks of a group's members are multiplied at once."""
 MOST_COUNTED = 4096
 """Up to how many rows one kernel orders by counting; more are sorted."""
 
@@ -33,6 +39,10 @@ class Places:
     every: Tensor
     sortable: Tensor
     largest: int
+
+    def lanes(self, rank: int) -> int:
+        """Return how many ranks of neighbouring members are multiplied at once."""
+        return filled(min(MOST_LANES, self.largest * rank), 16)
 
 
 _places: Any = WeakIdKeyDictionary()
@@ -74,15 +84,14 @@ def ordered(
     number, experts = index_TK.numel(), len(places.expert)
     order = torch.empty(number, dtype=torch.int32, device=x_TD.device)
     start = torch.empty(experts + 1, dtype=torch.int32, device=x_TD.device)
-    block = 16 if number <= FEW else 64
-    blocks = triton.cdiv(number, block) + triton.cdiv(experts + 1, block)
+    blocks = triton.cdiv(number, BLOCK) + triton.cdiv(experts + 1, BLOCK)
     rank = 0 if a_ERI is None else a_ERI.shape[1]
     launch(
         kernels.order_rows,
         (blocks + (number if rank else 0),),
         index_TK, places.of_expert, order, start, number, experts,
         x_TD, a_ERI, inner_NR, x_TD.shape[1], index_TK.shape[1],
-        ROWS=block, CHUNK=128, RANK=rank, **row_of_rank(rank),
+        ROWS=BLOCK, CHUNK=CHUNK, RANK=rank, **row_of_rank(rank, number),
     )  # fmt: skip
     return Rows(order, start)
 
@@ -111,7 +120,8 @@ def filled(number: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(number))
 
 
-def row_of_rank(rank: int) -> dict[str, int]:
-    """Return how a row's inner values are computed at once: about 8192 numbers of A."""
+def row_of_rank(rank: int, rows: int) -> dict[str, int]:
+    """Return how a row's inner values are computed: how many numbers of A at once."""
     width = filled(rank)
-    return {"FILLED": width, "WIDTH": max(32, 8192 // width)}
+    numbers, warps = (8192, 8) if rows <= FEW else (16384, 4)
+    return {"FILLED": width, "WIDTH": max(32, numbers // width), "num_warps": warps}

@@ -6,13 +6,22 @@ Names of shapes are those of ``triton_kernels``; P pairs lie sorted by group, th
 import triton
 import triton.language as tl
 
-from moefuse.modeling.kernels.triton_kernels import _factor, _inner_of_tile, gated, tile_of_rows
+from moefuse.modeling.kernels.triton_kernels import (
+    _factor,
+    _factors,
+    _inner_of_tile,
+    _lanes,
+    gated,
+    tile_of_rows,
+)
+
+ONE = tl.constexpr(1)
 
 
 @triton.jit
 def product_of_pairs(
     source,
-    token_of_pair,
+    place_of_pair,
     table,
     start,
     groups_first,
@@ -25,9 +34,8 @@ def product_of_pairs(
     width,
     columns,
     most,
-    GATHERED: tl.constexpr,
     RANK: tl.constexpr,
-    FILLED: tl.constexpr,
+    LANES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -37,7 +45,7 @@ def product_of_pairs(
 ):
     """Write every pair's product with its base: ``out`` (P, columns).
 
-    ``source`` holds tokens if ``GATHERED``, else pairs, each ``width`` wide; a base is (columns,
+    ``source`` has rows ``width`` wide, ``place_of_pair`` says which is whose; a base is (columns,
     width). With ``RANK`` the deltas of all members are added, ``inner`` (P, most * R) holding what
     their first factors made, nought for members that were not chosen.
     """
@@ -46,9 +54,7 @@ def product_of_pairs(
         return
     position = first + tl.arange(0, ROWS)
     live = position < end
-    place = position
-    if GATHERED:
-        place = tl.load(token_of_pair + position, mask=live, other=0)
+    place = tl.load(place_of_pair + position, mask=live, other=0)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
 
@@ -71,14 +77,14 @@ def product_of_pairs(
     if RANK > 0:
         begin = tl.load(groups_first + group)
         after = tl.load(groups_first + group + 1)
-        rank = tl.arange(0, FILLED)
-        for member in range(begin, after):  # type: ignore[reportArgumentType]
-            expert = tl.load(expert_of_place + member)
-            b_QX = _factor(b, expert, column, inside, columns, RANK, FILLED)
-            at = position.to(tl.int64)[:, None] * (most * RANK) + (member - begin) * RANK
-            own = live[:, None] & (rank < RANK)[None, :]
-            own_MQ = tl.load(inner + at + rank[None, :], mask=own, other=0.0)
-            sums = tl.dot(own_MQ, b_QX, sums, input_precision=PRECISION)
+        beside = inner + position.to(tl.int64)[:, None] * (most * RANK)
+        for lane in range(begin * RANK, after * RANK, LANES):  # type: ignore[reportArgumentType]
+            member, rank, there, expert = _lanes(lane, after, expert_of_place, RANK, LANES)
+            own = (member - begin) * RANK + rank
+            mask = live[:, None] & there[None, :]
+            own_ML = tl.load(beside + own[None, :], mask=mask, other=0.0)
+            b_LX = _factors(b, expert, rank, there, column, inside, columns, RANK)
+            sums = tl.dot(own_ML, b_LX, sums, input_precision=PRECISION)
     tl.store(
         out + position.to(tl.int64)[:, None] * columns + column[None, :],
         sums.to(out.dtype.element_ty),
@@ -153,11 +159,8 @@ def neurons_of_rows(
         up_MX += tl.load(bias + intermediate + own, mask=inside, other=0.0).to(tl.float32)[None, :]
     weight_M = tl.load(weight + row, mask=live, other=0.0).to(tl.float32)
     z_MX = gated(gate_MX, up_MX, alpha, limit, GATING) * weight_M[:, None]
-    tl.store(
-        z + row.to(tl.int64)[:, None] * intermediate + column[None, :],
-        z_MX.to(z.dtype.element_ty),
-        mask=valid,
-    )
+    z_MX = z_MX.to(z.dtype.element_ty)
+    tl.store(z + row.to(tl.int64)[:, None] * intermediate + column[None, :], z_MX, mask=valid)
 
 
 @triton.jit
@@ -171,7 +174,7 @@ def sum_members(
     place_of_expert,
     group_of_expert,
     groups_first,
-    z_pair,
+    row_of_pair,
     inner_pair,
     groups,
     intermediate,
@@ -179,39 +182,41 @@ def sum_members(
     most,
     RANK: tl.constexpr,
     WIDE: tl.constexpr,
+    SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Sum the chosen members' rows of every pair: ``z_pair`` (P, F).
+    """Add the rows of every pair's members to its first one in ``z`` (N, F): ``row_of_pair`` (P).
 
-    With ``RANK`` what the deltas made of them is laid side by side: ``inner_pair`` (P, most * R).
+    With ``RANK`` what the first factors made of them is laid side by side: ``inner_pair``
+    (P, most * R). A token's slots are looked at all at once, as most pairs have a single member.
     """
-    group, pair, _ = tile_of_rows(start, every, groups, tl.program_id(0), 1, PARTS)
+    group, pair, _ = tile_of_rows(start, every, groups, tl.program_id(0), ONE, PARTS)
     if group >= groups:
         return
-    token = tl.load(token_of_pair + pair)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < intermediate
-    total = tl.zeros([COLUMNS], tl.float32)
-    wide = tl.arange(0, WIDE)
-    laid = tl.zeros([WIDE], tl.float32)
-    begin = tl.load(groups_first + group)
-    for slot in range(0, top_k):
-        row = (token * top_k + slot).to(tl.int64)
-        expert = tl.load(index + row)
-        if tl.load(group_of_expert + expert) == group:
-            total += tl.load(z + row * intermediate + column, mask=inside, other=0.0).to(tl.float32)
-            if RANK > 0:
-                member = tl.load(place_of_expert + expert) - begin
-                own = (wide >= member * RANK) & (wide < (member + 1) * RANK)
-                made = inner + row * RANK + wide - member * RANK
-                laid += tl.load(made, mask=own, other=0.0).to(tl.float32)
-    at = z_pair + pair.to(tl.int64) * intermediate + column
-    tl.store(at, total.to(z_pair.dtype.element_ty), mask=inside)
-    if RANK > 0:  # noqa: SIM102 - known when compiled
-        if tl.program_id(1) == 0:
-            beside = inner_pair + pair.to(tl.int64) * (most * RANK) + wide
-            tl.store(beside, laid.to(inner_pair.dtype.element_ty), mask=wide < most * RANK)
+    slot = tl.arange(0, SLOTS)
+    row = tl.load(token_of_pair + pair) * top_k + slot
+    expert = tl.load(index + row, mask=slot < top_k, other=0)
+    own = (slot < top_k) & (tl.load(group_of_expert + expert) == group)
+    first = tl.min(tl.where(own, row, 2147483647), 0)
+    members = tl.sum(own.to(tl.int32), 0)
+    tl.store(row_of_pair + pair, first)
+    if RANK > 0:
+        wide = tl.arange(0, WIDE)
+        member = tl.load(place_of_expert + expert) - tl.load(groups_first + group)
+        theirs = own[:, None] & (member[:, None] == (wide // RANK)[None, :])
+        at = row.to(tl.int64)[:, None] * RANK + (wide % RANK)[None, :]
+        laid = tl.sum(tl.load(inner + at, mask=theirs, other=0.0).to(tl.float32), 0)
+        beside = inner_pair + pair.to(tl.int64) * (most * RANK) + wide
+        tl.store(beside, laid.to(inner_pair.dtype.element_ty), mask=wide < most * RANK)
+    if members > 1:  # type: ignore[reportOperatorIssue]
+        for begins in range(0, intermediate, COLUMNS):
+            column = begins + tl.arange(0, COLUMNS)
+            both = own[:, None] & (column < intermediate)[None, :]
+            numbers = z + row.to(tl.int64)[:, None] * intermediate + column[None, :]
+            total = tl.sum(tl.load(numbers, mask=both, other=0.0).to(tl.float32), 0)
+            into = z + first.to(tl.int64) * intermediate + column  # type: ignore[reportAttributeAccessIssue]
+            tl.store(into, total.to(z.dtype.element_ty), mask=column < intermediate)
 
 
 @triton.jit

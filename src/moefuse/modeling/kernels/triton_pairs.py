@@ -7,7 +7,6 @@ that product sums over. Nothing waits for the host: there are at most as many pa
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from moefuse.modeling.kernels import triton_pair_kernels as kernels
 from moefuse.modeling.kernels.tiles import MANY_ROWS, PairTiles, pair_tiles_for
-from moefuse.modeling.kernels.triton_order import Places, filled, launch
+from moefuse.modeling.kernels.triton_order import Places, Rows, filled, launch
 
 MOST_SHARE = 0.85
 """Pairs for every row up to which numbering them pays."""
@@ -80,16 +79,15 @@ class PairLayer:
         return pair_tiles_for(ieee=self.precision == "ieee")
 
     def product(
-        self, source: Tensor, pairs: Pairs, bases: Tensor, columns: int,
+        self, source: Tensor, place_P: Tensor, pairs: Pairs, bases: Tensor, columns: int,
         deltas: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Return every pair's product with its base, (N, columns), of which P rows count.
 
-        ``source`` holds tokens (T, I), or pairs (N, I) where ``deltas``, which are what their first
-        factors made (N, M * R) and their second factors (E, columns, R), may be given.
+        ``place_P`` says which row of ``source`` is a pair's. ``deltas`` are what their first
+        factors made (N, M * R), and their second factors (E, columns, R).
         """
         groups, tile, width = len(self.places.first) - 1, self.tiles.product, source.shape[1]
-        gathered = len(source) == len(self.index_TK)
         inner, b = deltas or (None, None)
         rank = 0 if b is None else b.shape[2]
         out = source.new_empty(self.index_TK.numel(), columns)
@@ -99,9 +97,9 @@ class PairLayer:
                 triton.cdiv(columns, tile.columns),
                 triton.cdiv(self.index_TK.numel(), self.tiles.rows) + groups,
             ),
-            source, pairs.token, bases, pairs.start, self.places.first, self.places.every,
+            source, place_P, bases, pairs.start, self.places.first, self.places.every,
             self.places.expert, inner, b, out, groups, width, columns, self.places.largest,
-            GATHERED=gathered, RANK=rank, FILLED=filled(rank, 16), ROWS=self.tiles.rows,
+            RANK=rank, LANES=self.places.lanes(rank), ROWS=self.tiles.rows,
             COLUMNS=tile.columns, CHUNK=tile.chunk, PARTS=filled(groups),
             EVEN=width % tile.chunk == 0 and columns % tile.columns == 0,
             PRECISION=self.precision, num_warps=tile.warps, num_stages=tile.stages,
@@ -109,7 +107,7 @@ class PairLayer:
         return out
 
     def neurons(
-        self, base_PH: Tensor, pairs: Pairs, rows: Any, inner_NR: Tensor | None,
+        self, base_PH: Tensor, pairs: Pairs, rows: Rows, inner_NR: Tensor | None,
         b_EHR: Tensor | None, extras: tuple[Tensor | None, Tensor | None],
         gating: tuple[int, float, float],
     ) -> Tensor:  # fmt: skip
@@ -124,7 +122,7 @@ class PairLayer:
             kernels.neurons_of_rows,
             (
                 triton.cdiv(intermediate, tiles.join_columns),
-                triton.cdiv(tokens * top_k, tiles.join_rows) + min(experts, tokens * top_k),
+                triton.cdiv(len(z_NF), tiles.join_rows) + min(experts, len(z_NF)),
             ),
             base_PH, pairs.number, rows.order, rows.start, self.places.every, self.places.expert,
             self.group_of_expert, self.weight_TK, scale, bias, inner_NR, b_EHR, z_NF,
@@ -138,27 +136,25 @@ class PairLayer:
     def members(
         self, z_NF: Tensor, inner_NR: Tensor | None, pairs: Pairs
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the sum of every pair's rows, (N, F), and what deltas made of them side by side,
-        (N, M * R); P rows count."""
-        groups, top_k, most = (
-            len(self.places.first) - 1,
-            self.index_TK.shape[1],
-            self.places.largest,
-        )
-        intermediate = z_NF.shape[1]
+        """Sum every pair's rows in its first one; say which that is, (N), and return what deltas
+        made of its members side by side, (N, M * R). P rows count."""
+        groups, top_k = len(self.places.first) - 1, self.index_TK.shape[1]
+        most, intermediate = self.places.largest, z_NF.shape[1]
         rank = 0 if inner_NR is None else inner_NR.shape[1]
-        z_PF = torch.empty_like(z_NF)
-        inner_PW = None if inner_NR is None else inner_NR.new_empty(len(z_NF), most * rank)
-        columns = min(1024, filled(intermediate))
+        row_P = pairs.token.new_empty(len(z_NF))
+        inner_PW = None if inner_NR is None else z_NF.new_empty(len(z_NF), most * rank)
+        slots = filled(top_k)
         launch(
             kernels.sum_members,
-            (len(z_NF), triton.cdiv(intermediate, columns)),
+            (len(z_NF),),
             z_NF, inner_NR, pairs.token, pairs.start, self.places.every, self.index_TK,
-            self.places.of_expert, self.group_of_expert, self.places.first, z_PF, inner_PW,
+            self.places.of_expert, self.group_of_expert, self.places.first, row_P, inner_PW,
             groups, intermediate, top_k, most,
-            RANK=rank, WIDE=filled(most * rank), COLUMNS=columns, PARTS=filled(groups),
+            RANK=rank, WIDE=filled(most * rank), SLOTS=slots,
+            COLUMNS=max(32, min(2048 // slots, filled(intermediate))), PARTS=filled(groups),
+            num_warps=1,
         )  # fmt: skip
-        return z_PF, inner_PW
+        return row_P, inner_PW
 
     def sums(self, y_PD: Tensor, pairs: Pairs, down_bias: Tensor | None, into: Tensor) -> None:
         """Write the sum of every token's pairs into ``into`` (T, D)."""

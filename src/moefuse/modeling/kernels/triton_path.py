@@ -16,8 +16,8 @@ from moefuse.modeling.kernels import triton_kernels as kernels
 from moefuse.modeling.kernels.gatings import number_of
 from moefuse.modeling.kernels.tiles import Product, Tiles, tiles_for
 from moefuse.modeling.kernels.triton_order import (
-    FEW,
     MOST_COUNTED,
+    ONE_BY_ONE,
     Places,
     Rows,
     filled,
@@ -87,7 +87,7 @@ class _Layer:
             kernels.inner_by_row,
             (self.rows,),
             z_NF, a_ERF, rows.order, self.index_TK, into, width,
-            RANK=rank, **row_of_rank(rank),
+            RANK=rank, **row_of_rank(rank, self.rows),
         )  # fmt: skip
 
     def product(
@@ -102,9 +102,9 @@ class _Layer:
             (triton.cdiv(width, tile.columns), row_tiles),
             source, _addresses(bases), rows.order, rows.start, self.places.first, self.index_TK,
             self.places.of_expert, self.places.expert, self.weight_TK, *arguments,
-            **constants, RANK=rank, FILLED=filled(rank, 16), ROWS=height, COLUMNS=tile.columns,
-            CHUNK=tile.chunk, PARTS=filled(self.groups), EVEN=even, PRECISION=self.precision,
-            num_warps=tile.warps, num_stages=tile.stages,
+            **constants, RANK=rank, LANES=self.places.lanes(rank), ROWS=height,
+            COLUMNS=tile.columns, CHUNK=tile.chunk, PARTS=filled(self.groups), EVEN=even,
+            PRECISION=self.precision, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -141,9 +141,9 @@ def fused_experts(
         "ieee" if x_TD.dtype == torch.float32 else "tf32",
     )
     scale, bias, down_bias = extras
-    few = number <= FEW
     gate_up_a, gate_up_b, down_a, down_b = deltas or (None,) * 4
     rank, down_rank = (0 if a is None else a.shape[1] for a in (gate_up_a, down_a))
+    few = number * rank <= ONE_BY_ONE
     largest = layer.places.largest
     by_pairs = pays(tokens, top_k, len(down), largest, (down_rank, intermediate))
     inner_NR = x_TD.new_empty(number, rank) if rank else None
@@ -211,14 +211,14 @@ def _by_pairs(
         layer.index_TK, layer.weight_TK, group_of_expert, layer.places, layer.precision
     )
     pairs = pairs_of(layer.index_TK, group_of_expert, layer.groups)
-    base_PH = by_pairs.product(x_TD, pairs, _addresses(gate_up), len(gate_up[0]))
+    base_PH = by_pairs.product(x_TD, pairs.token, pairs, _addresses(gate_up), len(gate_up[0]))
     z_NF = by_pairs.neurons(base_PH, pairs, rows, inner_NR, gate_up_b, (scale, bias), gating)
     if down_a is not None:
         inner_NR = x_TD.new_empty(layer.rows, down_a.shape[1])
         layer.inner(z_NF, down_a, rows, shared_by=1, into=inner_NR)
-    z_PF, inner_PW = by_pairs.members(z_NF, inner_NR, pairs)
+    row_P, inner_PW = by_pairs.members(z_NF, inner_NR if down_a is not None else None, pairs)
     wide = None if inner_PW is None or down_b is None else (inner_PW, down_b)
-    y_PD = by_pairs.product(z_PF, pairs, _addresses(down), len(down[0]), wide)
+    y_PD = by_pairs.product(z_NF, row_P, pairs, _addresses(down), len(down[0]), wide)
     by_pairs.sums(y_PD, pairs, down_bias, into)
 
 
