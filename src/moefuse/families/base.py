@@ -404,10 +404,13 @@ class Family:
         return require(config, "num_hidden_layers")
 
     def with_expert_count(self, config: Config, experts: int) -> dict[str, Any]:
-        """Return a copy of ``config`` whose layers have ``experts`` routed experts."""
-        spelled = (self.experts_count_key, *self.experts_count_aliases)
-        present = [key for key in spelled if key in config] or [self.experts_count_key]
-        return {**config, **dict.fromkeys(present, experts)}
+        """Return a copy of ``config`` whose layers have ``experts`` routed experts.
+
+        It says so by the key that published checkpoints have, which some engines insist on, and by
+        whatever other spelling is there: Transformers saves one of its own for some families.
+        """
+        present = [key for key in self.experts_count_aliases if key in config]
+        return {**config, **dict.fromkeys((self.experts_count_key, *present), experts)}
 
     def with_fewer_experts(self, config: Config, experts: int) -> dict[str, Any]:
         """Return a copy of ``config`` with ``experts`` routed experts a layer, all in one pool.
