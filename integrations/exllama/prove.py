@@ -164,6 +164,7 @@ def apart(case: tuple[str, str, str], home: Path) -> Found | str:
         return f"no answer within {SECONDS} s"
     last = ran.stdout.strip().splitlines()[-1:]
     if ran.returncode == 0 and last:
+        print(last[0], flush=True)
         return Found(**json.loads(last[0]))
     print(f"{engine}, {family}, {form}:\n{ran.stdout[-1500:]}\n{ran.stderr[-3000:]}", flush=True)
     return (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
