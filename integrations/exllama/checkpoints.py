@@ -12,7 +12,6 @@ import torch
 from transformers import AutoTokenizer
 
 from moefuse import demo
-from moefuse.artifacts import read_json, write_json
 from moefuse.collapse import collapse
 from moefuse.export.expand import expand
 from moefuse.pipeline import fuse
@@ -100,11 +99,6 @@ def save_teacher(path: Path, family: str) -> None:
                 weight.mul_(SOFTER)
     model.half().save_pretrained(path)
     tokenizer.save_pretrained(path)
-    # Files published before Transformers 5 have it there, and ExLlamaV2 looks nowhere else.
-    config = read_json(path / "config.json")
-    write_json(
-        path / "config.json", {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}
-    )
 
 
 def make(home: Path, family: str) -> dict[str, Path]:

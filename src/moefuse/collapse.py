@@ -23,7 +23,7 @@ from moefuse import artifacts, corpus
 from moefuse.checkpoint.native import Weights, from_native
 from moefuse.checkpoint.passed import OnDisk
 from moefuse.checkpoint.reader import fingerprint_of
-from moefuse.checkpoint.streaming import StreamedTeacher, native_model
+from moefuse.checkpoint.streaming import native_model
 from moefuse.config import (
     CollapseConfig,
     ComputeConfig,
@@ -46,6 +46,7 @@ from moefuse.evaluation.rows import Row
 from moefuse.evaluation.streamed import HeldOut, pass_through, remembered
 from moefuse.export.plain import write_plain
 from moefuse.export.plain_card import plain_card
+from moefuse.export.streamed_student import stream
 from moefuse.export.student_reader import StudentReader
 from moefuse.families import Family
 from moefuse.heal import heal_in_place
@@ -113,7 +114,7 @@ class CollapseJob:
     ) -> None:
         self.compute, self.options = build(ComputeConfig, values), build(CollapseConfig, values)
         self.max_shard_bytes = parse_bytes(self.options.max_shard, "--max-shard")
-        self.reader = StudentReader.of(student)
+        self.reader = StudentReader.of(student, exactly=False)
         self.groups = collapsible_groups(self.reader)
         check_outside(out, self.reader.directory, "output")
         self.config = self.reader.family.with_fewer_experts(self.reader.config, self.groups)
@@ -128,7 +129,7 @@ class CollapseJob:
         self.healing = None if healing is None else self._healing(healing)
         self.batches = self._batches()
         self.held_out = self._held_out()
-        self.teacher = StreamedTeacher(self.reader, device=self.device, dtype=self.dtype)
+        self.teacher = stream(self.reader, device=self.device, dtype=self.dtype)
         shape = self.reader.shape
         self.threads = lambda: suited_threads(shape.hidden, shape.intermediate)
         self.work = out.with_name(out.name + ".work")
