@@ -80,6 +80,7 @@ def test_every_family_becomes_its_own_architecture(
     assert type(model).__name__ == all_families()[family].causal_lm
     config = json.loads((tmp_path / "plain/config.json").read_text())
     assert all_families()[family].shape(config).experts == 3
+    assert config[all_families()[family].experts_count_key] == 3
     assert result.top_k == all_families()[family].shape(config).top_k == 2
     # Random experts have nothing in common, so a mean of them may err by more than the whole.
     assert all(error["after"] < error["before"] for error in result.errors.values())
