@@ -355,6 +355,9 @@ class Family:
     publish: tuple[tuple[str, str], ...] = ()
     """The same the other way: pairs on a module's name that give what published checkpoints say."""
 
+    text_prefix: str | None = None
+    """What names begin with instead of ``model.`` where the text model was published as a part of
+    one that reads more than text; Transformers loads both."""
     unserved: str | None = None
     """Why vLLM does not serve the family's students; None where it does."""
     gguf: Gguf | None = None
@@ -489,6 +492,16 @@ class Family:
             return (self.experts_prefix(layer),)
         prefix = f"{self.layer_prefix(layer)}{self.disk_moe_name}."
         return tuple(prefix + name.removesuffix("weight") for name in self.stacked)
+
+    def within_whole(self, name: str) -> str:
+        """Return what a whole model's checkpoint calls the tensor ``name`` of its text model."""
+        return re.sub(r"^model\.", self.text_prefix, name) if self.text_prefix else name
+
+    def within_text(self, name: str) -> str:
+        """Return what the text model alone calls the tensor ``name`` of a whole model."""
+        if self.text_prefix and name.startswith(self.text_prefix):
+            return f"model.{name.removeprefix(self.text_prefix)}"
+        return name
 
     def module_name(self, name: str) -> str:
         """Return what Transformers calls the tensor that the checkpoint calls ``name``."""
