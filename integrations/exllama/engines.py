@@ -49,7 +49,8 @@ class ExLlamaV3:
 
     def encode(self, text: str) -> list[int]:
         """See ``Engine``."""
-        return self.tokenizer.encode(text, add_bos=False)[0].tolist()
+        ids = self.tokenizer.encode(text, add_bos=False, encode_special_tokens=True)
+        return ids[0].tolist()
 
     def logits(self, ids: list[int]) -> Tensor:
         """See ``Engine``."""
@@ -83,6 +84,8 @@ class ExLlamaV2:
         engine = import_module("exllamav2")
         self.engine, self.version = engine, version("exllamav2")
         config = engine.ExLlamaV2Config(str(path))
+        # Through PyTorch's own attention 0.3.2 lets a prompt's tokens see those after them.
+        config.no_sdpa = True
         self.model = engine.ExLlamaV2(config)
         self.cache = engine.ExLlamaV2Cache(self.model, max_seq_len=config.max_seq_len, lazy=True)
         self.model.load_autosplit(self.cache)
@@ -90,7 +93,7 @@ class ExLlamaV2:
 
     def encode(self, text: str) -> list[int]:
         """See ``Engine``."""
-        return self.tokenizer.encode(text)[0].tolist()
+        return self.tokenizer.encode(text, encode_special_tokens=True)[0].tolist()
 
     def logits(self, ids: list[int]) -> Tensor:
         """See ``Engine``."""

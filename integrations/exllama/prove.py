@@ -16,6 +16,7 @@ as a measure of what fp16 costs, in fp16. A checkpoint counts as run if
   is told too, but is made by the few positions where fp16 chooses another expert.)
 
 Each case runs in a process of its own, because an error on a GPU ends every other in its process.
+Cases that are not run keep the figures that an earlier run left in ``--out``.
 """
 
 import argparse
@@ -34,10 +35,12 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoTokenizer
 
 from moefuse import demo
-from moefuse.artifacts import write_json, write_text
+from moefuse.artifacts import read_json, write_json, write_text
 from moefuse.corpus import load_documents
 from moefuse.evaluation.machine import machine_meta
 
+Case = tuple[str, str, str]
+"""An engine, a family and a form."""
 PROMPTS, LONGEST, NEW = 20, 24, 24
 TIMES_FP16, CHANCE = 4.0, 0.02
 SECONDS = 240
@@ -148,7 +151,7 @@ def make_all(home: Path, families: set[str], at_once: int) -> None:
             print(f"{family} could not be made: {error!r}", flush=True)
 
 
-def apart(case: tuple[str, str, str], home: Path) -> Found | str:
+def apart(case: Case, home: Path) -> Found | str:
     """Run one case in a process of its own; return what it found, or the end of what it said."""
     engine, family, form = case
     command = [sys.executable, __file__, "--home", home, "--case", engine, family, form]
@@ -170,7 +173,7 @@ def apart(case: tuple[str, str, str], home: Path) -> Found | str:
     return (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
 
 
-def table(found: dict[tuple[str, str, str], Found | str]) -> str:
+def table(found: dict[Case, Found | str]) -> str:
     """Return all cases as Markdown."""
     lines = [
         "| Engine | Family | Form | Runs | Tokens equal (in fp16) | Farthest behind | "
@@ -191,7 +194,7 @@ def table(found: dict[tuple[str, str, str], Found | str]) -> str:
     return "\n".join(lines)
 
 
-def cases(engines: list[str], families: list[str] | None) -> list[tuple[str, str, str]]:
+def cases(engines: list[str], families: list[str] | None) -> list[Case]:
     """Return all that is to be run."""
     return [
         (engine, family, form)
@@ -227,17 +230,35 @@ def main() -> None:
     with ThreadPoolExecutor(given.at_once) as pool:
         results = pool.map(lambda case: apart(case, given.home), wanted)
         found = dict(zip(wanted, results, strict=True))
+    write(given.out, found)
+
+
+def write(out: Path, found: dict[Case, Found | str]) -> None:
+    """Write what was found, and what an earlier run found of other cases, and show it."""
+    path = out / "exllama.json"
+    told = {**(read(path) if path.is_file() else {}), **found}
+    told = {case: told[case] for case in cases(list(KNOWN), None) if case in told}
     rows = [
-        {**asdict(one), "holds": one.holds}
-        if not isinstance(one, str)
-        else {**dict(zip(("engine", "family", "form"), case, strict=True)), "refused": one}
-        for case, one in found.items()
+        {"engine": case[0], "family": case[1], "form": case[2], "refused": one}
+        if isinstance(one, str)
+        else {**asdict(one), "holds": one.holds}
+        for case, one in told.items()
     ]
     meta = machine_meta("integrations/exllama/prove.py", device="cuda")
-    write_json(given.out / "exllama.json", {"meta": meta, "rows": rows})
-    by = f"Written by `python integrations/exllama/prove.py`, commit `{meta['commit']}`."
-    write_text(given.out / "exllama.md", f"{table(found)}\n\n{by}\n")
-    print(table(found))
+    write_json(path, {"meta": meta, "rows": rows})
+    by = f"Written by `python integrations/exllama/prove.py` on one {meta['device']}."
+    write_text(out / "exllama.md", f"{table(told)}\n\n{by}\n")
+    print(table(told))
+
+
+def read(path: Path) -> dict[Case, Found | str]:
+    """Read what an earlier run wrote."""
+    told: dict[Case, Found | str] = {}
+    for row in read_json(path)["rows"]:
+        row.pop("holds", None)
+        case = (row["engine"], row["family"], row["form"])
+        told[case] = row["refused"] if "refused" in row else Found(**row)
+    return told
 
 
 if __name__ == "__main__":
