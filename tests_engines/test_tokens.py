@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from served import NEW, Student, greedy, prompts_for
 
+from moefuse.collapse import collapse
+from moefuse.export.expand import expand
+
 HERE = Path(__file__).parent
 SMALL = {
     "dtype": "float32",
@@ -87,6 +90,27 @@ def test_without_moefuse_the_tokens_are_the_same(
 
     assert made["moefuse"] == []
     expected = greedy(student(name), prompts)
+    assert made["together"] == expected
+    assert made["alone"] == expected
+
+
+@pytest.mark.xdist_group("others")
+@pytest.mark.parametrize(("name", "form"), [("qwen3_moe", "written out"), ("mixtral", "collapsed")])
+def test_plain_checkpoints_are_run_by_vllms_own_classes(
+    name: str, form: str, student: Student, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    if form == "written out":
+        expand(student(name), plain)
+    else:
+        text = student(name).parent / "text.txt"
+        few = {"tokens": 512, "sequence_length": 64, "router_steps": 20, "steps": 5}
+        collapse(student(name), plain, {**few, "data": str(text)})
+
+    prompts, made = generate(plain, tmp_path, {"VLLM_PLUGINS": ""}, enforce_eager=True)
+
+    assert made["moefuse"] == []
+    expected = greedy(plain, prompts)
     assert made["together"] == expected
     assert made["alone"] == expected
 

@@ -244,7 +244,8 @@ def write(out: Path, found: dict[Case, Found | str]) -> None:
         else {**asdict(one), "holds": one.holds}
         for case, one in told.items()
     ]
-    meta = machine_meta("integrations/exllama/prove.py", device="cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    meta = machine_meta("integrations/exllama/prove.py", device=device)
     write_json(path, {"meta": meta, "rows": rows})
     by = f"Written by `python integrations/exllama/prove.py` on one {meta['device']}."
     write_text(out / "exllama.md", f"{table(told)}\n\n{by}\n")
