@@ -18,6 +18,7 @@ from moefuse.export.student_reader import StudentReader
 from moefuse.mathematics.integers import Grid, nearest, with_feedback
 from moefuse.mathematics.lowrank import expected_error
 from moefuse.mathematics.refit import refitted
+from moefuse.planning import plan_checkpoint
 from moefuse.quantize import quantize
 
 Make = Callable[[str], Path]
@@ -163,3 +164,49 @@ def test_a_work_directory_that_is_not_its_own_is_refused_and_left(
         quantize(home / "student", tmp_path / "out", settings(home, "w4a16"))
 
     assert kept.read_bytes() == b"of 'moefuse fuse'"
+
+
+@pytest.mark.parametrize("scheme", sorted(LAYOUTS))
+def test_a_plan_counts_what_is_then_on_disk(home: Path, tmp_path: Path, scheme: str) -> None:
+    group = {"group_size": 16} if LAYOUTS[scheme].grouped else {}
+    wish = {"groups": 3, "rank": 2, "scheme": scheme, **group}
+    planned = plan_checkpoint(home / "deepseek_v2-teacher", wish).plan
+    assert planned is not None
+
+    quantize(home / "student", tmp_path / "out", settings(home, scheme))
+
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert planned.bytes == sum(tensor.nbytes for tensor in stored.values())
+    file = tmp_path / "out" / "model.safetensors"
+    with file.open("rb") as opened:
+        header = 8 + int.from_bytes(opened.read(8), "little")
+    assert planned.bytes == file.stat().st_size - header
+
+
+def test_a_budget_goes_further_with_fewer_bits(home: Path) -> None:
+    teacher = home / "deepseek_v2-teacher"
+    plain = plan_checkpoint(teacher, {"groups": 2, "rank": 1}).plan
+    assert plain is not None
+    budget = {"bytes": str(plain.bytes), "groups": 2}
+
+    packed = plan_checkpoint(teacher, {**budget, "scheme": "w4a16", "group_size": 16})
+
+    assert packed.plan is not None
+    assert packed.plan.bytes <= plain.bytes
+    assert packed.plan.layers[1].rank > 1
+    assert packed.to_json()["scheme"] == "w4a16"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"groups": 2, "scheme": "nf4"}, "plan with one of"),
+        ({"groups": 2, "scheme": "w3"}, "choose from"),
+        ({"bytes": "1MB", "form": "neurons", "scheme": "w8a16"}, "--form neurons"),
+        ({"groups": 2, "group_size": 32}, "--scheme"),
+        ({"groups": 2, "scheme": "w4a16", "group_size": 128}, "--group-size"),
+    ],
+)
+def test_plans_by_schemes_that_cannot_be(home: Path, values: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        plan_checkpoint(home / "deepseek_v2-teacher", values)

@@ -430,6 +430,22 @@ class QuantizeConfig:
     max_shard: str = setting("4GB", "Largest size of one weight file.")
 
 
+@dataclass(frozen=True)
+class StoreConfig:
+    """How a student that is planned will be stored."""
+
+    scheme: str | None = setting(
+        None,
+        "Count the bytes that 'moefuse quantize' will leave of the student by this scheme: w4a16, "
+        "gptq, w8a16, ...",
+    )
+    group_size: int | None = setting(
+        None,
+        "Numbers that share a scale in that scheme. [default: 128, 64 or 32, as they fit]",
+        at_least=1,
+    )
+
+
 LAUNCHES = ("here", "ray")
 
 

@@ -29,6 +29,7 @@ from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
 from moefuse.export.quantized.card import quantized_card
 from moefuse.export.quantized.layers import BASES, chosen, linear_layers
+from moefuse.export.quantized.schemes import CALIBRATED, check_scheme, check_text
 from moefuse.export.student_reader import StudentReader
 from moefuse.mathematics.expert_moments import input_moments
 from moefuse.mathematics.experts import Experts
@@ -38,16 +39,6 @@ from moefuse.modeling import TRAVELLING_FILE
 from moefuse.modeling.modeling_moefuse import FusedExperts
 from moefuse.places import check_output, check_outside, check_own, size_of
 
-REFUSED = {
-    "awq": "AWQ moves the scales of a layer's inputs into what comes before it; before a base that "
-    "is the norm, which router, shared experts and deltas read too. Use gptq, which takes the same "
-    "text",
-    "hqq4": "Transformers 5 says of hqq itself that it is not available yet, so that nothing could "
-    "load it by the usual route. Use w4a16 or nf4",
-}
-"""Schemes that are known and cannot be had, with the reason."""
-SCHEMES = (*compressed.LAYOUTS, *libraries.SCHEMES)
-CALIBRATED = ("gptq",)
 OWN_ENTRIES = ("quantize-",)
 
 
@@ -117,7 +108,8 @@ def quantize(
 class _Job:
     def __init__(self, student: Path, out: Path, options: QuantizeConfig, *, overwrite: bool):
         self.out, self.options, self.scheme = out, options, options.scheme
-        check_scheme(self.scheme, options.data)
+        check_scheme(self.scheme)
+        check_text(self.scheme, options.data)
         check_output(out, overwrite=overwrite)
         self.reader = StudentReader.of(student)
         check_outside(out, self.reader.directory, "output")
@@ -340,18 +332,6 @@ class _Job:
         bases = torch.cat([base_G for base_G, _ in self.seen]).tolist()
         experts = torch.cat([expert_E for _, expert_E in self.seen]).tolist()
         return Seen(statistics.median(bases), min(bases), statistics.median(experts), min(experts))
-
-
-def check_scheme(scheme: str, data: str | None) -> None:
-    """Raise ``UserError`` for a scheme that there is not, or that lacks the text it needs."""
-    if scheme in REFUSED:
-        raise UserError(f"The scheme {scheme} cannot be had: {REFUSED[scheme]}.")
-    if scheme not in SCHEMES:
-        raise UserError(f"--scheme is {scheme!r}; choose from {', '.join((*SCHEMES, *REFUSED))}.")
-    if scheme in CALIBRATED and data is None:
-        raise UserError(
-            f"The scheme {scheme} is fitted to text; say with --data which, or use w4a16."
-        )
 
 
 def render_quantized(result: QuantizeResult) -> str:

@@ -81,6 +81,15 @@ def parts(name: str, rounded: Rounded, layout: Layout) -> dict[str, Tensor]:
     }
 
 
+def stored_bytes(layout: Layout, grid: Grid, rows: int, columns: int, itemsize: int) -> int:
+    """Return the bytes of what ``parts`` stores of a matrix; a scale has ``itemsize``."""
+    scales = rows * (1 if grid.group is None else columns // grid.group) * itemsize
+    if layout.format != "pack-quantized":
+        return rows * columns + scales
+    shape = 2 * torch.int64.itemsize
+    return rows * columns * layout.bits // 8 + scales + shape
+
+
 def packed(codes_OI: Tensor, bits: int) -> Tensor:
     """Return whole numbers of ``bits`` bits in int32 words (O, W), the first in the lowest bits.
 
