@@ -127,7 +127,6 @@ def test_every_base_sees_more_tokens_than_an_expert(home: Path, tmp_path: Path) 
     ("values", "told"),
     [
         ({"scheme": "awq"}, "norm"),
-        ({"scheme": "hqq4"}, "Transformers 5"),
         ({"scheme": "w3"}, "choose from"),
         ({"scheme": "gptq"}, "--data"),
         ({"scheme": "w4a16", "what": "router"}, "--what"),

@@ -130,10 +130,11 @@ class _Job:
         self.rounded_numbers = 0
 
     def _grid(self) -> Grid | None:
-        """Return the grid of a scheme that moefuse rounds by itself."""
-        layout = compressed.LAYOUTS.get(self.scheme)
-        if layout is None:
+        """Return the grid that bases are rounded to; None where a library's is its own."""
+        if self.scheme not in compressed.LAYOUTS:
             libraries.check(self.scheme)
+        layout = compressed.LAYOUTS.get(self.scheme, libraries.LAYOUTS.get(self.scheme))
+        if layout is None:
             return None
         widths = {self.reader.tensors[f"{name}.weight"].shape[1] for name in self.names}
         return compressed.grid_of(layout, widths, self.options.group_size)
@@ -167,9 +168,10 @@ class _Job:
 
     def _write(self, store: CalibrationStore) -> QuantizeResult:
         partial = artifacts.partial_directory(self.out)
-        if self.grid is None:
+        if self.scheme in libraries.SCHEMES:
             settings = self._write_by_library(partial, store)
         else:
+            assert self.grid is not None
             layout = compressed.LAYOUTS[self.scheme]
             with ShardedWriter(partial, self.max_shard_bytes) as writer:
                 for name, tensor in self._tensors(store):
@@ -190,7 +192,7 @@ class _Job:
 
     def _write_by_library(self, partial: Path, store: CalibrationStore) -> dict[str, Any]:
         stay = [name for name in self.kinds if name not in set(self.names)]
-        model = libraries.load(self.reader, self.scheme, stay)
+        model = libraries.load(self.reader, self.scheme, stay, self.grid)
         for layer in track(self.reader.shape.layers, "Quantise"):
             path = self.reader.family.experts_path(layer)
             given, made = self.reader.module(layer), model.get_submodule(path)

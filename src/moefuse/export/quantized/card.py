@@ -8,7 +8,7 @@ from moefuse.export.plain_card import base_of, front_matter, size
 if TYPE_CHECKING:
     from moefuse.export.student_reader import StudentReader
 
-NEEDS = {"nf4": "bitsandbytes", "int4-torchao": "torchao"}
+NEEDS = {"nf4": "bitsandbytes", "int4-torchao": "torchao", "hqq4": "torchao"}
 LOADING = """\
 ## Loading
 

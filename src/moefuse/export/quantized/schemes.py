@@ -10,8 +10,6 @@ REFUSED = {
     "awq": "AWQ moves the scales of a layer's inputs into what comes before it; before a base that "
     "is the norm, which router, shared experts and deltas read too. Use gptq, which takes the same "
     "text",
-    "hqq4": "Transformers 5 says of hqq itself that it is not available yet, so that nothing could "
-    "load it by the usual route. Use w4a16 or nf4",
 }
 """Schemes that are known and cannot be had, with the reason."""
 SCHEMES = (*compressed.LAYOUTS, *libraries.SCHEMES)
