@@ -35,7 +35,7 @@ print(json.dumps({"base": type(base).__name__, "weight": type(base.weight).__nam
 """
 
 
-GROUPED = ("w4a16", "gptq", "int4-torchao", "hqq4")
+GROUPED = ("w4a16", "gptq", "awq", "int4-torchao", "hqq4")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def loaded(path: Path, *made: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("scheme", [*GROUPED, "w8a16", "w8a8", "fp8", "nf4"])
 def test_a_quantised_student_loads_without_moefuse(home: Path, tmp_path: Path, scheme: str) -> None:
     group = {"group_size": 16} if scheme in GROUPED else {}
-    text = {"data": str(home / "text.txt"), "tokens": 512, "sequence_length": 64}
+    text = {"data": str(home / "text.txt"), "tokens": 512, "sequence_length": 64, "steps": 3}
 
     quantize(home / "student", tmp_path / "out", {"scheme": scheme, **text, **group})
 

@@ -36,6 +36,7 @@ class Layout:
 LAYOUTS = {
     "w4a16": Layout("pack-quantized", 4, grouped=True),
     "gptq": Layout("pack-quantized", 4, grouped=True),
+    "awq": Layout("pack-quantized", 4, grouped=True),
     "w8a16": Layout("pack-quantized", 8),
     "w8a8": Layout("int-quantized", 8, rounds_inputs=True),
     "fp8": Layout("float-quantized", 8, is_float=True, rounds_inputs=True),

@@ -24,7 +24,7 @@ from moefuse.modeling import load_fused
 
 NF4 = "nf4"
 TORCHAO = {"int4-torchao": "AFFINE", "hqq4": "HQQ_SCALE_ONLY"}
-"""torchao's schemes, with its name for how scales are chosen; the second is half-quadratic (HQQ)."""
+"""torchao's schemes, with its name for how scales are chosen; HQQ is half-quadratic."""
 SCHEMES = {NF4: ("bitsandbytes", "nf4"), **dict.fromkeys(TORCHAO, ("torchao", "torchao"))}
 """By scheme: the package that rounds, and moefuse's extra that has it."""
 LAYOUTS = dict.fromkeys(TORCHAO, Layout("torchao", 4, grouped=True))

@@ -1,4 +1,4 @@
-"""Which schemes there are, which are known and cannot be had, and what a scheme stores."""
+"""Which schemes there are, what each needs and what it stores."""
 
 from functools import partial
 
@@ -6,22 +6,18 @@ from moefuse.errors import UserError
 from moefuse.export.quantized import compressed, libraries
 from moefuse.sizes import StoredBytes
 
-REFUSED = {
-    "awq": "AWQ moves the scales of a layer's inputs into what comes before it; before a base that "
-    "is the norm, which router, shared experts and deltas read too. Use gptq, which takes the same "
-    "text",
-}
-"""Schemes that are known and cannot be had, with the reason."""
+GPTQ, AWQ = "gptq", "awq"
 SCHEMES = (*compressed.LAYOUTS, *libraries.SCHEMES)
-CALIBRATED = ("gptq",)
+CALIBRATED = (GPTQ, AWQ)
+"""Schemes that need text."""
+REFITTED = ("w4a16", *CALIBRATED, *libraries.SCHEMES)
+"""Schemes of so few bits that learning to make up for them pays."""
 
 
 def check_scheme(scheme: str) -> None:
     """Raise ``UserError`` for a scheme that there is not."""
-    if scheme in REFUSED:
-        raise UserError(f"The scheme {scheme} cannot be had: {REFUSED[scheme]}.")
     if scheme not in SCHEMES:
-        raise UserError(f"--scheme is {scheme!r}; choose from {', '.join((*SCHEMES, *REFUSED))}.")
+        raise UserError(f"--scheme is {scheme!r}; choose from {', '.join(SCHEMES)}.")
 
 
 def check_text(scheme: str, data: str | None) -> None:
