@@ -47,7 +47,7 @@ REFIT = DistillConfig(
     batch_tokens=2048,
     delta_learning_rate=5e-4,
     scale_learning_rate=5e-4,
-    code_learning_rate=5e-3,
+    code_learning_rate=1e-2,
 )
 """How layers learn to make up for rounding; chosen in docs/research.md."""
 
@@ -279,7 +279,8 @@ class _Job:
         for group, base in enumerate(module.bases):
             members = (module.group_of_expert == group).nonzero().flatten()
             moment_FF = moments.of_group("down_proj", members)
-            weight_DF: Any = base.get_submodule("down_proj").weight.detach()
+            down: Any = base.get_submodule("down_proj")
+            weight_DF = down.weight.detach()
             found[group] = input_scales(weight_DF, self.grid, weight_DF.dtype, moment_FF)
             scale_neurons(module, group, found[group])
         return found
@@ -386,7 +387,7 @@ class _Job:
 
 def render_quantized(result: QuantizeResult) -> str:
     """Say in a few lines what was written."""
-    deltas = ", deltas fitted anew" if result.refitted else ""
+    deltas = ", layers refitted" if result.refitted else ""
     lines = [
         f"{result.out}: {result.scheme}{deltas}; {result.bytes / 1e6:.2f} MB, where the student "
         f"takes {result.student_bytes / 1e6:.2f} MB.",

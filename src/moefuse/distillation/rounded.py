@@ -23,10 +23,15 @@ from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.integers import Grid, Rounded
 from moefuse.modeling.modeling_moefuse import FusedExperts
 
+SCALE_STEP = 0.25
+"""How much of itself a scale changes by where a number moves by a whole code; both learn at one
+rate."""
+
 
 class LearntRounding(nn.Module):
     """A linear layer on a grid: ``latent`` (O, G, N) in units of each group's scale, rounded in
-    every step, and ``scale`` (O, G, 1), what the scales that it began with are multiplied by."""
+    every step, and ``scale`` (O, G, 1), how many times ``SCALE_STEP`` the scales that it began with
+    have grown."""
 
     start_OG1: Tensor
 
@@ -43,7 +48,7 @@ class LearntRounding(nn.Module):
         # Where rounding was not to the nearest it begins at the code that was chosen.
         place_OGN = wanted_OGN.clamp(codes_OGN - 0.49, codes_OGN + 0.49)
         self.latent = nn.Parameter(place_OGN)
-        self.scale = nn.Parameter(torch.ones_like(start_OG1))
+        self.scale = nn.Parameter(torch.zeros_like(start_OG1))
 
     @property
     def weight(self) -> Tensor:
@@ -52,18 +57,21 @@ class LearntRounding(nn.Module):
         inside_OGN = self.latent.clamp(low - 0.5, high + 0.5)
         codes_OGN = self.latent.detach().round().clamp(low, high)
         through_OGN = codes_OGN + (inside_OGN - inside_OGN.detach())
-        return (through_OGN * (self.start_OG1 * self.scale)).flatten(1)
+        return (through_OGN * self._scale_OG1()).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply rows (..., I) by what is rounded in this step, (..., O)."""
         return nn.functional.linear(x, self.weight)
+
+    def _scale_OG1(self) -> Tensor:
+        return self.start_OG1 * (1 + SCALE_STEP * self.scale)
 
     @torch.no_grad()
     def rounded(self) -> Rounded:
         """Return what was learnt as it will be stored."""
         low, high = -(2 ** (self.grid.bits - 1)), 2 ** (self.grid.bits - 1) - 1
         codes_OGN = self.latent.round().clamp(low, high)
-        scale_OG = (self.start_OG1 * self.scale).squeeze(-1).to(self.dtype)
+        scale_OG = self._scale_OG1().squeeze(-1).to(self.dtype)
         return Rounded(codes_OGN.flatten(1), scale_OG)
 
 
