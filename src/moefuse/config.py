@@ -413,7 +413,7 @@ class QuantizeConfig:
         "Let every layer learn from the text to make up for its rounding. [default: with --data, "
         "in schemes of 4 bits]",
     )
-    steps: int = setting(240, "Optimiser steps of a layer when refitting.", at_least=1)
+    steps: int = setting(120, "Optimiser steps of a layer when refitting.", at_least=1)
     seed: int = setting(
         0, "Seed of which tokens a step of refitting sees.", at_least=0, at_most=LARGEST_SEED
     )

@@ -23,7 +23,7 @@ from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.integers import Grid, Rounded
 from moefuse.modeling.modeling_moefuse import FusedExperts
 
-SCALE_STEP = 0.25
+SCALE_STEP = 0.5
 """How much of itself a scale changes by where a number moves by a whole code; both learn at one
 rate."""
 
