@@ -11,7 +11,6 @@ environment that has vLLM, on a CPU or a GPU:
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from moefuse.evaluation.machine import machine_meta
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("tests_engines", "tests")]
 
-from served import greedy  # noqa: E402
-from test_tokens import generate  # noqa: E402
+from engines import engine  # noqa: E402
+from served import greedy, prompts_for  # noqa: E402
 
 
 @torch.no_grad()
@@ -40,8 +39,11 @@ def first_gap(model: Any, prompt: list[int], expected: list[int], found: list[in
 
 def compare(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Serve one student in one way; return how many prompts have all tokens equal."""
-    with tempfile.TemporaryDirectory() as folder:
-        prompts, made = generate(path, Path(folder), {}, **options)
+    prompts = prompts_for(path)
+    with engine(in_one_process=False) as started:
+        made = started.generate(path, prompts, **options)
+    if "error" in made:
+        raise RuntimeError(f"vLLM stopped with {made['error']}\n{made['log']}")
     expected = greedy(path, prompts)
     model = moefuse.load(path, dtype="float32")
     row: dict[str, Any] = {"model": path.name, **options, "prompts": len(prompts)}

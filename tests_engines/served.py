@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 import moefuse
 from moefuse import demo
+from moefuse.quantize import SCHEMES, quantize
 
 # Tiny matrices are faster on one thread.
 torch.set_num_threads(1)
@@ -44,18 +45,26 @@ BUNDLED: dict[str, dict[str, Any]] = {
 }
 
 Student = Callable[[str], Path]
+Expected = Callable[[str], list[list[int]]]
 
 
 @pytest.fixture(scope="session")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
-    """``student(name)``: a fused checkpoint, of the bundled teacher or of a tiny random one."""
+    """``student(name)``: a fused checkpoint, of the bundled teacher or of a tiny random one.
+
+    A name that ends with a quantiser's scheme is that of the student before it, quantised.
+    """
     root = tmp_path_factory.mktemp("students")
     text = write_text(root / "text.txt")
 
     @cache
     def make(name: str) -> Path:
         out = root / name
-        if name in BUNDLED:
+        plain, _, scheme = name.rpartition("-")
+        if scheme in SCHEMES:
+            calibration = {"data": str(demo.calibration_path()), "tokens": 2048}
+            quantize(make(plain), out, {"scheme": scheme, **calibration})
+        elif name in BUNDLED:
             few = {"tokens": 2048, "steps": 2, "held_out_tokens": 0}
             data = {"data": str(demo.calibration_path())}
             moefuse.fuse(
@@ -65,6 +74,17 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
             save_tiny(root / f"{name}-teacher", name, **WIDER)
             moefuse.fuse(root / f"{name}-teacher", out, data=str(text), held_out_tokens=0, **TINY)
         return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def expected(student: Student) -> Expected:
+    """``expected(name)``: Transformers' tokens for the prompts of that student."""
+
+    @cache
+    def make(name: str) -> list[list[int]]:
+        return greedy(student(name), prompts_for(student(name)))
 
     return make
 
