@@ -32,8 +32,12 @@ from moefuse.quantize import SCHEMES, quantize
 torch.set_num_threads(1)
 
 PROMPTS, NEW = 20, 64
-WIDER = {"hidden_size": 64, "head_dim": 32}
-"""vLLM's attention on CPUs takes heads of 32 and more."""
+WIDER: dict[str, dict[str, int]] = {
+    "olmoe": {"hidden_size": 128},
+    "deepseek_v3": {"hidden_size": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32},
+}
+"""vLLM's attention on CPUs takes heads of 32 and more, which are wider than tiny models have."""
+WIDER_HEADS = {"hidden_size": 64, "head_dim": 32}
 TINY = {"groups": 3, "rank": 2, "tokens": 512, "steps": 5, "sequence_length": 64}
 BUNDLED: dict[str, dict[str, Any]] = {
     "bundled-16": {"groups": 16, "rank": 4},
@@ -71,7 +75,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
                 demo.teacher_path(), out, work=root / "work", **few, **data, **BUNDLED[name]
             )
         else:
-            save_tiny(root / f"{name}-teacher", name, **WIDER)
+            save_tiny(root / f"{name}-teacher", name, **WIDER.get(name, WIDER_HEADS))
             moefuse.fuse(root / f"{name}-teacher", out, data=str(text), held_out_tokens=0, **TINY)
         return out
 

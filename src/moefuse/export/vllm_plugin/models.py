@@ -52,7 +52,8 @@ class ExpandedAttentionForCausalLM(TransformersForCausalLM):
         ]
         self.packed = settings_to_unpack_by(settings, self.model_config.dtype, linears)
         if self.packed is not None:
-            self.quant_config = None
+            # The backend asks the one for plain linear layers, the other for those that it joins.
+            self.quant_config = self.vllm_config.quant_config = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the checkpoint's tensors; see the backend's."""
