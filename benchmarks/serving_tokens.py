@@ -72,9 +72,14 @@ def main() -> None:
     parser.add_argument("students", nargs="+", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--enable-expert-parallel", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving_tokens"))
     asked = parser.parse_args()
-    options = {"dtype": asked.dtype, "tensor_parallel_size": asked.tensor_parallel_size}
+    options = {
+        "dtype": asked.dtype,
+        "tensor_parallel_size": asked.tensor_parallel_size,
+        "enable_expert_parallel": asked.enable_expert_parallel,
+    }
     rows: list[dict[str, Any]] = []
     for path in asked.students:
         for eager in (True, False):

@@ -22,7 +22,7 @@ import pytest
 import torch
 from running import write_text
 from tiny import save_tiny
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 import moefuse
 from moefuse import demo
@@ -104,10 +104,14 @@ def prompts_for(path: Path) -> list[list[int]]:
     return prompts
 
 
-@torch.no_grad()
 def greedy(path: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Return Transformers' greedy tokens in fp32, one prompt at a time."""
-    model = moefuse.load(path, dtype="float32")
+    return greedy_of(moefuse.load(path, dtype="float32"), prompts)
+
+
+@torch.no_grad()
+def greedy_of(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Return the greedy tokens of a model, one prompt at a time."""
     model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     found = []
     for prompt in prompts:
