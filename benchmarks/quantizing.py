@@ -2,11 +2,15 @@
 
     python benchmarks/quantizing.py --out runs/quantizing
 
-One table: KL to the teacher on held-out text, bytes of weights on disk, resident memory that
-loading adds, and greedy tokens per second (the median of several), each model in a process of its
-own without moefuse. Leaves ``quantizing.json`` and ``.md`` in ``results/``. What is made of the
-unfused teacher is what Transformers makes of it: libraries skip its stacked experts;
+One table: KL to the teacher and to the fused student on held-out text (computed in fp32, but by
+libraries' own layers in bf16), what rounding added to the first, bytes of weights on disk, resident
+memory that loading adds, and greedy tokens per second (the median of several), each model in a
+process of its own without moefuse. Leaves ``quantizing.json`` and ``.md`` in ``results/``. What is
+made of the unfused teacher is what Transformers makes of it: libraries skip its stacked experts;
 compressed-tensors is written expert by expert here, rounded to the nearest.
+
+``--only`` names schemes of the student as in ``CASES``, semicolons between; ``--seed`` is that of
+fusing and refitting. With either, or another number of tokens or steps, the table is only printed.
 """
 
 import argparse
@@ -32,20 +36,31 @@ from moefuse.mathematics.integers import nearest
 from moefuse.pipeline import fuse
 from moefuse.quantize import quantize
 
-GROUPS, TOKENS, LENGTH, REPEATS = 8, 8192, 256, 3
-DATA = {"data": str(demo.calibration_path()), "tokens": 16_384}
+GROUPS, LENGTH, REPEATS = 8, 512, 3
+TEXT = {"data": str(demo.calibration_path())}
+DATA = {**TEXT, "refit": False}
+REFIT = {**TEXT, "refit": True}
 PLAIN = {"scales": "widest"}
 CASES: dict[str, dict[str, Any]] = {
     "w4a16, plain": {"scheme": "w4a16", **PLAIN},
-    "w4a16, refit": {"scheme": "w4a16", "refit": True, **DATA},
+    "w4a16": {"scheme": "w4a16", **DATA},
+    "w4a16, refit": {"scheme": "w4a16", **REFIT},
     "gptq": {"scheme": "gptq", **DATA},
-    "gptq, refit": {"scheme": "gptq", "refit": True, **DATA},
+    "gptq, refit": {"scheme": "gptq", **REFIT},
+    "awq": {"scheme": "awq", **DATA},
+    "awq, refit": {"scheme": "awq", **REFIT},
     "w8a16": {"scheme": "w8a16", **DATA},
     "w8a8": {"scheme": "w8a8", **DATA},
     "fp8": {"scheme": "fp8", **DATA},
-    "nf4": {"scheme": "nf4", **DATA},
-    "int4-torchao": {"scheme": "int4-torchao", **DATA},
+    "nf4": {"scheme": "nf4"},
+    "nf4, refit": {"scheme": "nf4", **REFIT},
+    "int4-torchao": {"scheme": "int4-torchao"},
+    "int4-torchao, refit": {"scheme": "int4-torchao", **REFIT},
+    "hqq4": {"scheme": "hqq4"},
+    "hqq4, refit": {"scheme": "hqq4", **REFIT},
 }
+LIBRARIES = ("nf4", "torchao", "hqq4")
+"""Parts of the names of rows whose layers compute in the dtype that they were rounded from."""
 RESULTS = Path(__file__).with_name("results")
 ON_TEACHER = ("w4a16", "w8a16", "w8a8", "fp8")
 
@@ -80,21 +95,24 @@ def quantize_teacher(scheme: str, out: Path) -> None:
     artifacts.finish_directory(partial, out)
 
 
-def measure(path: Path, texts: Path, method: str) -> dict[str, float]:
-    """Load a model by Transformers alone, in this process, and measure it."""
-    import psutil  # noqa: PLC0415
-    from transformers import (  # noqa: PLC0415
-        AutoModelForCausalLM,
-        BitsAndBytesConfig,
-    )
+def loaded(path: Path, dtype: torch.dtype, method: str = "") -> Any:
+    """Load a model by Transformers alone; ``method`` is nf4 where it is to be rounded so."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: PLC0415
 
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": True}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": True}
     if method == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+
+
+def measure(path: Path, texts: Path, fused: Path, method: str) -> dict[str, float]:
+    """Measure a model in this process, loaded by Transformers alone."""
+    import psutil  # noqa: PLC0415
+
     before = psutil.Process().memory_info().rss
-    model: Any = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    model: Any = loaded(path, torch.bfloat16, method)
     memory = psutil.Process().memory_info().rss - before
     prompt = torch.arange(5, 21)[None]
     spent = []
@@ -103,32 +121,37 @@ def measure(path: Path, texts: Path, method: str) -> dict[str, float]:
         model.generate(prompt, max_new_tokens=48, min_new_tokens=48, do_sample=False)
         spent.append(time.perf_counter() - start)
     speed = 48 / median(spent[1:])
-    teacher = AutoModelForCausalLM.from_pretrained(demo.teacher_path(), dtype=torch.float32).eval()
-    total, count = 0.0, 0
+    if not any(part in f"{path.name} {method}" for part in LIBRARIES):
+        model = loaded(path, torch.float32)
+    judges = {"kl": demo.teacher_path(), "kl_fused": fused}
+    told = {name: loaded(judge, torch.float32) for name, judge in judges.items()}
+    total, count = dict.fromkeys(judges, 0.0), 0
     with torch.no_grad():
         for ids in json.loads(texts.read_text()):
-            wanted = teacher(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             got = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
-            total += float((wanted.exp() * (wanted - got)).sum())
+            for name, judge in told.items():
+                wanted = judge(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+                total[name] += float((wanted.exp() * (wanted - got)).sum())
             count += len(ids) - 1
     disk = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return {"kl": total / count, "disk": disk, "memory": memory, "speed": speed}
+    means = {name: value / count for name, value in total.items()}
+    return {**means, "disk": disk, "memory": memory, "speed": speed}
 
 
-def measured_apart(path: Path, texts: Path, method: str = "") -> dict[str, float]:
+def measured_apart(path: Path, texts: Path, fused: Path, method: str = "") -> dict[str, float]:
     """Measure a model in a process of its own."""
-    command = [sys.executable, __file__, "--measure", str(path), str(texts), method]
+    command = [sys.executable, __file__, "--measure", str(path), str(texts), str(fused), method]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"{path} was not measured:\n{ran.stderr[-2000:]}")
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def write_texts(path: Path) -> None:
+def write_texts(path: Path, tokens: int) -> None:
     """Write the held-out text as the tokens that all models read."""
     documents = corpus.load_documents(str(demo.heldout_path()))
     sequences = corpus.tokenize(
-        documents, load_tokenizer(demo.teacher_path()), LENGTH, limit_tokens=TOKENS
+        documents, load_tokenizer(demo.teacher_path()), LENGTH, limit_tokens=tokens
     )
     artifacts.write_json(path, [sequence.tolist() for sequence in sequences])
 
@@ -136,36 +159,65 @@ def write_texts(path: Path) -> None:
 def cell(row: dict[str, Any]) -> str:
     """Return a row's figures as cells of a table in Markdown."""
     sizes = f"{row['disk'] / 1e6:.2f} MB | {row['memory'] / 1e6:.0f} MB"
-    return f"{row['kl']:.4f} | {sizes} | {row['speed']:.0f}"
+    fused = "" if row["added"] is None else f"{row['added']:+.5f} | {row['kl_fused']:.5f}"
+    return f"{row['kl']:.5f} | {fused or ' | '} | {sizes} | {row['speed']:.0f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/quantizing"))
-    parser.add_argument("--measure", nargs=3)
+    parser.add_argument("--held-out", type=int, default=24_576, help="tokens that measure")
+    parser.add_argument("--tokens", type=int, default=98_304, help="tokens of calibration")
+    parser.add_argument("--steps", type=int, help="steps of refitting [default: quantize's]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--measure", nargs=4)
     given = parser.parse_args()
     if given.measure:
-        path, texts, method = given.measure
-        print(json.dumps(measure(Path(path), Path(texts), method)))
+        path, texts, fused, method = given.measure
+        print(json.dumps(measure(Path(path), Path(texts), Path(fused), method)))
         return
+    rows = measured(given)
+    same = ("held_out", "tokens", "steps", "seed", "only")
+    if all(getattr(given, name) == parser.get_default(name) for name in same):
+        report(rows, given.held_out)
+
+
+def measured(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Make what is not there yet and measure it; every row is printed as it comes."""
     out: Path = given.out
     out.mkdir(parents=True, exist_ok=True)
     fused, texts = out / "fused", out / "texts.json"
+    seed = {"seed": given.seed}
     if not fused.exists():
-        fuse(demo.teacher_path(), fused, {"groups": GROUPS, "tokens": 98_304, "steps": 120})
-    write_texts(texts)
+        sizes = {"groups": GROUPS, "tokens": 98_304, "steps": 120}
+        fuse(demo.teacher_path(), fused, {**sizes, **seed})
+    write_texts(texts, given.held_out)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, path: Path, method: str = "") -> None:
-        rows.append({"model": name, **measured_apart(path, texts, method)})
+        row = {"model": name, **measured_apart(path, texts, fused, method)}
+        of_fused = name.startswith("fused")
+        begun = rows[0]["kl"] if rows else row["kl"]
+        rows.append({**row, "added": row["kl"] - begun if of_fused else None})
         print(f"| {name} | {cell(rows[-1])} |", flush=True)
+
+    def wanted(name: str) -> bool:
+        return not given.only or any(part.strip() == name for part in given.only.split(";"))
 
     add("fused, bf16", fused)
     for name, values in CASES.items():
         made = out / name.replace(", ", "-").replace(" ", "-")
+        if not wanted(name):
+            continue
         if not made.exists():
-            quantize(fused, made, values)
+            text = (
+                {"tokens": given.tokens, "steps": given.steps, **seed} if "data" in values else {}
+            )
+            quantize(fused, made, {**values, **text})
         add(f"fused, {name}", made)
+    if given.only:
+        return rows
     add("teacher, bf16", demo.teacher_path())
     for scheme in ON_TEACHER:
         made = out / f"teacher-{scheme}"
@@ -173,19 +225,21 @@ def main() -> None:
             quantize_teacher(scheme, made)
         add(f"teacher, {scheme}", made)
     add("teacher, nf4 (experts skipped)", demo.teacher_path(), "nf4")
-    report(rows)
+    return rows
 
 
-def report(rows: list[dict[str, Any]]) -> None:
+def report(rows: list[dict[str, Any]], tokens: int) -> None:
     """Write the rows and their table."""
     meta = machine_meta("make quantizing", device="cpu")
     artifacts.write_json(RESULTS / "quantizing.json", {"meta": meta, "rows": rows})
     told = (
         f"By `make quantizing`: the bundled teacher fused to {GROUPS} groups and the teacher "
-        f"itself, computed in bf16 on {meta['cpu']}, {meta['cores']} cores; {TOKENS} tokens of "
-        f"held-out text, medians of {REPEATS}."
+        f"itself, on {meta['cpu']}, {meta['cores']} cores; KL on {tokens} tokens of held-out "
+        "text in fp32 (in bf16 by libraries' layers), tokens per second in bf16, medians of "
+        f"{REPEATS}."
     )
-    titles = ["| model | KL | disk | memory | tokens/s |", "| --- | --- | --- | --- | --- |"]
+    names = ("model", "KL", "added", "KL to the fused", "disk", "memory", "tokens/s")
+    titles = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     lines = [f"| {row['model']} | {cell(row)} |" for row in rows]
     text = "\n".join(["# Quantised students", "", told, "", *titles, *lines, ""])
     artifacts.write_text(RESULTS / "quantizing.md", text)

@@ -11,7 +11,6 @@ environment that has vLLM, on a CPU or a GPU:
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from moefuse.evaluation.machine import machine_meta
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("tests_engines", "tests")]
 
-from served import greedy  # noqa: E402
-from test_tokens import generate  # noqa: E402
+from engines import engine  # noqa: E402
+from served import greedy, prompts_for  # noqa: E402
 
 
 @torch.no_grad()
@@ -40,8 +39,11 @@ def first_gap(model: Any, prompt: list[int], expected: list[int], found: list[in
 
 def compare(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Serve one student in one way; return how many prompts have all tokens equal."""
-    with tempfile.TemporaryDirectory() as folder:
-        prompts, made = generate(path, Path(folder), {}, **options)
+    prompts = prompts_for(path)
+    with engine(in_one_process=False) as started:
+        made = started.generate(path, prompts, **options)
+    if "error" in made:
+        raise RuntimeError(f"vLLM stopped with {made['error']}\n{made['log']}")
     expected = greedy(path, prompts)
     model = moefuse.load(path, dtype="float32")
     row: dict[str, Any] = {"model": path.name, **options, "prompts": len(prompts)}
@@ -70,9 +72,14 @@ def main() -> None:
     parser.add_argument("students", nargs="+", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--enable-expert-parallel", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving_tokens"))
     asked = parser.parse_args()
-    options = {"dtype": asked.dtype, "tensor_parallel_size": asked.tensor_parallel_size}
+    options = {
+        "dtype": asked.dtype,
+        "tensor_parallel_size": asked.tensor_parallel_size,
+        "enable_expert_parallel": asked.enable_expert_parallel,
+    }
     rows: list[dict[str, Any]] = []
     for path in asked.students:
         for eager in (True, False):

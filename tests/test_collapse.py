@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_close
-from running import contents, run_here, write_jsonl, write_text
+from running import changes, contents, run_elsewhere, run_here, write_jsonl, write_text
 from safetensors.torch import load_file, save_file
 from students import student_of
 from tiny import save_tiny
@@ -79,6 +80,7 @@ def test_every_family_becomes_its_own_architecture(
     assert type(model).__name__ == all_families()[family].causal_lm
     config = json.loads((tmp_path / "plain/config.json").read_text())
     assert all_families()[family].shape(config).experts == 3
+    assert config[all_families()[family].experts_count_key] == 3
     assert result.top_k == all_families()[family].shape(config).top_k == 2
     # Random experts have nothing in common, so a mean of them may err by more than the whole.
     assert all(error["after"] < error["before"] for error in result.errors.values())
@@ -188,6 +190,42 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         for d in ("whole", "resumed")
     ]
     assert tensors[0] == tensors[1]
+
+
+def test_killed_while_healing_goes_on_to_the_same_bytes(
+    student: Make, values: dict[str, Any], home: Path, tmp_path: Path
+) -> None:
+    """From the last whole checkpoint of the training, not from its beginning."""
+    settings = {"batch_size": 4, "save_steps": 3, "sequence_length": 32}
+    (tmp_path / "healing.json").write_text(json.dumps(settings))
+    flags = [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    healing = ("--heal-tokens", "1K", "--healing", tmp_path / "healing.json")
+    given = [student(groups=3, rank=2), *flags, *healing]
+
+    def run(name: str, **how: Any) -> int:
+        (tmp_path / name).mkdir(exist_ok=True)
+        first, *rest = given
+        where = tmp_path / name
+        return run_elsewhere(where / "log", "collapse", first, where / "plain", *rest, **how)
+
+    assert run("whole") == 0, (tmp_path / "whole/log").read_text()
+    inside = [
+        at
+        for at, (_, path) in enumerate(changes(tmp_path / "whole/log"), start=1)
+        if "checkpoint-6/" in path
+    ]
+    assert run("killed", die_at=inside[len(inside) // 2]) == -signal.SIGKILL
+    whole = tmp_path.glob("killed/plain.work/*/healing-*/checkpoint-*/complete.json")
+    assert [path.parent.name for path in whole] == ["checkpoint-3"]
+
+    assert run("killed") == 0, (tmp_path / "killed/log").read_text()
+    again = [path for _, path in changes(tmp_path / "killed/log")]
+    assert not any("checkpoint-3/model" in path for path in again)
+    told = [contents(tmp_path / name / "plain") for name in ("whole", "killed")]
+    for files in told:
+        files.pop("collapse.json")  # its date
+    assert told[0] == told[1]
+    assert not (tmp_path / "killed/plain.work").exists()
 
 
 def test_folding_weighs_by_routed_mass() -> None:

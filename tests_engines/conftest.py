@@ -1,5 +1,6 @@
 """Fixtures of the engines' tests."""
 
-from served import student
+from engines import plugin
+from served import expected, student
 
-__all__ = ["student"]
+__all__ = ["expected", "plugin", "student"]

@@ -22,17 +22,22 @@ import pytest
 import torch
 from running import write_text
 from tiny import save_tiny
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 import moefuse
 from moefuse import demo
+from moefuse.quantize import SCHEMES, quantize
 
 # Tiny matrices are faster on one thread.
 torch.set_num_threads(1)
 
 PROMPTS, NEW = 20, 64
-WIDER = {"hidden_size": 64, "head_dim": 32}
-"""vLLM's attention on CPUs takes heads of 32 and more."""
+WIDER: dict[str, dict[str, int]] = {
+    "olmoe": {"hidden_size": 128},
+    "deepseek_v3": {"hidden_size": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32},
+}
+"""vLLM's attention on CPUs takes heads of 32 and more, which are wider than tiny models have."""
+WIDER_HEADS = {"hidden_size": 64, "head_dim": 32}
 TINY = {"groups": 3, "rank": 2, "tokens": 512, "steps": 5, "sequence_length": 64}
 BUNDLED: dict[str, dict[str, Any]] = {
     "bundled-16": {"groups": 16, "rank": 4},
@@ -44,27 +49,46 @@ BUNDLED: dict[str, dict[str, Any]] = {
 }
 
 Student = Callable[[str], Path]
+Expected = Callable[[str], list[list[int]]]
 
 
 @pytest.fixture(scope="session")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
-    """``student(name)``: a fused checkpoint, of the bundled teacher or of a tiny random one."""
+    """``student(name)``: a fused checkpoint, of the bundled teacher or of a tiny random one.
+
+    A name that ends with a quantiser's scheme is that of the student before it, quantised.
+    """
     root = tmp_path_factory.mktemp("students")
     text = write_text(root / "text.txt")
 
     @cache
     def make(name: str) -> Path:
         out = root / name
-        if name in BUNDLED:
+        plain, _, scheme = name.rpartition("-")
+        if scheme in SCHEMES:
+            calibration = {"data": str(demo.calibration_path()), "tokens": 2048}
+            quantize(make(plain), out, {"scheme": scheme, **calibration})
+        elif name in BUNDLED:
             few = {"tokens": 2048, "steps": 2, "held_out_tokens": 0}
             data = {"data": str(demo.calibration_path())}
             moefuse.fuse(
                 demo.teacher_path(), out, work=root / "work", **few, **data, **BUNDLED[name]
             )
         else:
-            save_tiny(root / f"{name}-teacher", name, **WIDER)
+            save_tiny(root / f"{name}-teacher", name, **WIDER.get(name, WIDER_HEADS))
             moefuse.fuse(root / f"{name}-teacher", out, data=str(text), held_out_tokens=0, **TINY)
         return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def expected(student: Student) -> Expected:
+    """``expected(name)``: Transformers' tokens for the prompts of that student."""
+
+    @cache
+    def make(name: str) -> list[list[int]]:
+        return greedy(student(name), prompts_for(student(name)))
 
     return make
 
@@ -80,10 +104,14 @@ def prompts_for(path: Path) -> list[list[int]]:
     return prompts
 
 
-@torch.no_grad()
 def greedy(path: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Return Transformers' greedy tokens in fp32, one prompt at a time."""
-    model = moefuse.load(path, dtype="float32")
+    return greedy_of(moefuse.load(path, dtype="float32"), prompts)
+
+
+@torch.no_grad()
+def greedy_of(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Return the greedy tokens of a model, one prompt at a time."""
     model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     found = []
     for prompt in prompts:

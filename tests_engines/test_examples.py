@@ -24,7 +24,6 @@ def run(name: str, path: Path, **environment: str) -> str:
     return ran.stdout
 
 
-@pytest.mark.xdist_group("server")
 @pytest.mark.parametrize("use", ["completion", "insertion", "chat"])
 def test_examples(use: str, student: Student, tmp_path: Path) -> None:
     path = student("bundled-4")

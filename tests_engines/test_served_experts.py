@@ -1,14 +1,12 @@
 """One device's share of the fused layer: shares sum to the whole, and vLLM splits a model."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from served import Student, greedy
-from test_tokens import generate
+from engines import engine
+from served import Expected, Student, prompts_for
 from torch import Tensor, nn
 
-from moefuse.export.vllm_plugin.served_experts import ServedExperts
+from moefuse.export.vllm_plugin.served_experts import ServedExperts, groups_of_device
 from moefuse.modeling.modeling_moefuse import FusedExperts, PlainGating
 
 D, F, E, G, K = 24, 16, 12, 5, 3
@@ -23,7 +21,9 @@ def fused(*, rank: int, **options: bool) -> FusedExperts:
     return module.requires_grad_(False)
 
 
-def served(module: FusedExperts, place: int, devices: int) -> ServedExperts:
+def served(
+    module: FusedExperts, place: int, devices: int, *, by_experts: bool = False
+) -> ServedExperts:
     share = ServedExperts(
         module,
         rank=place,
@@ -31,8 +31,11 @@ def served(module: FusedExperts, place: int, devices: int) -> ServedExperts:
         dtype=torch.float32,
         device="cpu",
         sum_over_devices=lambda y_TD: y_TD,
+        by_experts=by_experts,
     )
-    loaded = share.load_weights(module.state_dict().items())
+    # As from several files: what tells whose the experts are comes in the last one.
+    tensors = list(module.state_dict().items())
+    loaded = share.load_weights(tensors[:3]) | share.load_weights(tensors[3:])
     names = {name for name, _ in share.named_parameters()}
     assert loaded == names | {"group_of_expert"}
     return share
@@ -44,18 +47,46 @@ def call(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(tokens, D, generator=draw), index_TK, weight_TK
 
 
+@pytest.mark.parametrize("by_experts", [False, True])
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("options", [{}, {"scale": True, "bias": True}, {"down_bias": True}])
 def test_shares_sum_to_the_whole(
-    devices: int, tokens: int, rank: int, options: dict[str, bool]
+    devices: int, tokens: int, rank: int, options: dict[str, bool], by_experts: bool
 ) -> None:
     module = fused(rank=rank, **options)
 
-    outputs = [served(module, place, devices)(*call(tokens)) for place in range(devices)]
+    shares = [served(module, place, devices, by_experts=by_experts) for place in range(devices)]
+    outputs = [share(*call(tokens)) for share in shares]
 
     torch.testing.assert_close(sum(outputs), module(*call(tokens)), rtol=1e-5, atol=1e-5)
+
+
+def test_by_experts_every_base_and_delta_is_on_one_device() -> None:
+    module = fused(rank=3, scale=True, bias=True, down_bias=True)
+
+    shares = [served(module, place, 2, by_experts=True) for place in range(2)]
+
+    assert sum(len(share.gate_up) for share in shares) == G
+    assert sum(len(share.gate_up_b) for share in shares) == E
+    assert all(len(share.gate_up) for share in shares)
+    numbers = sum(parameter.numel() for parameter in module.parameters())
+    assert sum(p.numel() for share in shares for p in share.parameters()) == numbers
+
+
+def test_devices_get_about_as_many_experts() -> None:
+    group_of_expert = [0] * 7 + [1] * 3 + [2] * 2 + [3] * 2
+
+    held = [groups_of_device(group_of_expert, 4, rank, 2) for rank in range(2)]
+
+    assert held == [[0], [1, 2, 3]]
+    assert [groups_of_device([0, 0, 0, 1], 4, rank, 4) for rank in range(4)] == [[0], [1], [2], [3]]
+
+
+def test_fewer_groups_than_devices_are_told() -> None:
+    with pytest.raises(ValueError, match="5 groups of experts cannot be spread over 6 devices;"):
+        served(fused(rank=2), 0, 6, by_experts=True)
 
 
 def test_neurons_that_cannot_be_split_are_told() -> None:
@@ -63,11 +94,20 @@ def test_neurons_that_cannot_be_split_are_told() -> None:
         served(fused(rank=2), 0, 3)
 
 
-@pytest.mark.xdist_group("others")
-def test_two_processes_split_a_model(student: Student, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_experts", [False, True])
+def test_two_processes_split_a_model(
+    by_experts: bool, student: Student, expected: Expected
+) -> None:
     path = student("mixtral")
-    prompts, made = generate(path, tmp_path, {}, enforce_eager=True, tensor_parallel_size=2)
+    with engine(in_one_process=False) as started:
+        made = started.generate(
+            path,
+            prompts_for(path),
+            enforce_eager=True,
+            tensor_parallel_size=2,
+            enable_expert_parallel=by_experts,
+        )
 
-    expected = greedy(path, prompts)
-    assert made["together"] == expected
-    assert made["alone"] == expected
+    assert "error" not in made, made
+    assert made["together"] == expected("mixtral")
+    assert made["alone"] == expected("mixtral")

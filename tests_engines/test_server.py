@@ -24,8 +24,6 @@ SPACE = ("--kv-cache-memory-bytes", "268435456", "--max-num-seqs", "16")
 QUESTION = [{"role": "user", "content": "What does os.path.join do?"}]
 NAME = "bundled-4"
 
-pytestmark = pytest.mark.xdist_group("server")
-
 
 @pytest.fixture(scope="module")
 def path(student: Student) -> Path:

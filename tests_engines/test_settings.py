@@ -11,11 +11,11 @@ from moefuse.export.vllm_plugin.settings import EagerSettings, GpuSettings
 LOW_RANK = {"delta": "low_rank", "neurons": None}
 
 
-def config_of(layers: list[dict[str, Any]], family: str = "mixtral") -> Any:
+def config_of(layers: list[dict[str, Any]], family: str = "mixtral", **others: Any) -> Any:
     """Return what vLLM hands to the settings, as far as they look."""
     numbered = {str(number): layer for number, layer in enumerate(layers)}
     block = {"format": 1, "teacher_model_type": family, "layers": numbered}
-    hf_config = SimpleNamespace(moefuse=block)
+    hf_config = SimpleNamespace(moefuse=block, **others)
     return SimpleNamespace(model="out", hf_config=hf_config, enforce_eager=False)
 
 
@@ -42,3 +42,10 @@ def test_graphs_are_done_without_where_sizes_are_asked_for(
 
     assert by_vllm.enforce_eager is eager
     assert by_aphrodite.enforce_eager
+
+
+def test_quantised_bases_are_served_without_graphs() -> None:
+    config = config_of([LOW_RANK], quantization_config={"quant_method": "compressed-tensors"})
+    GpuSettings.verify_and_update_model_config(config)
+
+    assert config.enforce_eager

@@ -33,6 +33,7 @@ from moefuse.config import (
     MemoryConfig,
     QuantizeConfig,
     SizeConfig,
+    StoreConfig,
     TeachConfig,
     build,
     fields_of,
@@ -174,7 +175,7 @@ def inspect_command(checkpoint: Checkpoint, revision: Revision = None, json_: Js
 
 
 @app.command()
-@with_settings(*UP_TO_DISTILL, MemoryConfig)
+@with_settings(*UP_TO_DISTILL, MemoryConfig, StoreConfig)
 def plan(
     checkpoint: Checkpoint,
     values: dict[str, Any],

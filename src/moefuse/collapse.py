@@ -23,7 +23,7 @@ from moefuse import artifacts, corpus
 from moefuse.checkpoint.native import Weights, from_native
 from moefuse.checkpoint.passed import OnDisk
 from moefuse.checkpoint.reader import fingerprint_of
-from moefuse.checkpoint.streaming import StreamedTeacher, native_model
+from moefuse.checkpoint.streaming import native_model
 from moefuse.config import (
     CollapseConfig,
     ComputeConfig,
@@ -46,10 +46,11 @@ from moefuse.evaluation.rows import Row
 from moefuse.evaluation.streamed import HeldOut, pass_through, remembered
 from moefuse.export.plain import write_plain
 from moefuse.export.plain_card import plain_card
+from moefuse.export.streamed_student import stream
 from moefuse.export.student_reader import StudentReader
 from moefuse.families import Family
 from moefuse.heal import heal_in_place
-from moefuse.healing.text import pack
+from moefuse.healing.text import PackedText, pack
 from moefuse.measuring import read_held_out
 from moefuse.modeling.modeling_moefuse import FusedExperts
 from moefuse.places import check_new, check_output, check_outside, check_own, size_of
@@ -113,7 +114,7 @@ class CollapseJob:
     ) -> None:
         self.compute, self.options = build(ComputeConfig, values), build(CollapseConfig, values)
         self.max_shard_bytes = parse_bytes(self.options.max_shard, "--max-shard")
-        self.reader = StudentReader.of(student)
+        self.reader = StudentReader.of(student, exactly=False)
         self.groups = collapsible_groups(self.reader)
         check_outside(out, self.reader.directory, "output")
         self.config = self.reader.family.with_fewer_experts(self.reader.config, self.groups)
@@ -128,7 +129,7 @@ class CollapseJob:
         self.healing = None if healing is None else self._healing(healing)
         self.batches = self._batches()
         self.held_out = self._held_out()
-        self.teacher = StreamedTeacher(self.reader, device=self.device, dtype=self.dtype)
+        self.teacher = stream(self.reader, device=self.device, dtype=self.dtype)
         shape = self.reader.shape
         self.threads = lambda: suited_threads(shape.hidden, shape.intermediate)
         self.work = out.with_name(out.name + ".work")
@@ -394,7 +395,10 @@ class CollapseJob:
         }
 
     def heal(self, out: Path, losses: list[Loss]) -> list[Loss]:
-        """Train the whole plain model against the student, in memory, and write it anew."""
+        """Train the whole plain model against the student, in memory, and write it anew.
+
+        Interrupted, the same job goes on from the last checkpoint of the training.
+        """
         assert self.healing is not None
         self.write(self.directory / "unhealed", self.errors(), losses)
         model, _ = load_model(self.directory / "unhealed", dtype="float32", device=self.device)
@@ -415,6 +419,7 @@ class CollapseJob:
                 self.healing,
                 seed=self.compute.seed,
                 device=self.device,
+                directory=self.directory / f"healing-{_healing_mark(self.healing, text)}",
                 description="Heal the plain model",
             )
             if self.held_out is not None:
@@ -424,6 +429,13 @@ class CollapseJob:
                 losses = [*losses, healed]
         self.write_model(out, model.state_dict(), self.errors(), losses)
         return losses
+
+
+def _healing_mark(options: HealConfig, text: PackedText) -> str:
+    """Return what tells one healing from others of the same layers."""
+    ignored = ("data", "report_to")
+    settings = {name: value for name, value in asdict(options).items() if name not in ignored}
+    return artifacts.fingerprint([settings, text.fingerprint()])
 
 
 def _below(state: Mapping[str, Tensor], path: str, family: Family) -> Weights:
@@ -525,7 +537,8 @@ def collapse(
 
     ``values`` are settings by name (see ``CollapseConfig``), ``healing`` those of healing the whole
     afterwards (see ``HealConfig``), None to leave it out. The same call after an interruption goes
-    on from the last finished layer. Raises ``UserError`` before any work.
+    on from the last finished layer, or the last checkpoint of healing. Raises ``UserError`` before
+    any work.
     """
     start, out = time.monotonic(), Path(out)
     check_new(out)

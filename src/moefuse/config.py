@@ -402,14 +402,20 @@ class QuantizeConfig:
 
     scheme: str = setting(
         "w4a16",
-        "w4a16, gptq, w8a16, w8a8, fp8 (compressed-tensors); nf4 (bitsandbytes); int4-torchao.",
+        "w4a16, gptq, awq, w8a16, w8a8, fp8 (compressed-tensors); nf4 (bitsandbytes); "
+        "int4-torchao, hqq4 (torchao).",
     )
     what: str = setting(
         "bases", "What is rounded, with commas between: bases, shared, attention, dense."
     )
-    refit: bool = setting(False, "Find the deltas anew, to make up for what bases lost.")
-    damping: float = setting(
-        0.01, "Share of the identity in the inputs' moments when refitting.", at_least=0, at_most=1
+    refit: bool | None = setting(
+        None,
+        "Let every layer learn from the text to make up for its rounding. [default: with --data, "
+        "in schemes of 4 bits]",
+    )
+    steps: int = setting(120, "Optimiser steps of a layer when refitting.", at_least=1)
+    seed: int = setting(
+        0, "Seed of which tokens a step of refitting sees.", at_least=0, at_most=LARGEST_SEED
     )
     scales: str = setting(
         "search",
@@ -418,7 +424,8 @@ class QuantizeConfig:
     )
     group_size: int | None = setting(
         None,
-        "Numbers that share a scale, in w4a16 and gptq. [default: 128, 64 or 32, as they fit]",
+        "Numbers that share a scale, in schemes of 4 bits but nf4. [default: 128, 64 or 32, as "
+        "they fit]",
         at_least=1,
     )
     data: str | None = setting(
@@ -428,6 +435,22 @@ class QuantizeConfig:
     sequence_length: int = setting(512, "Tokens in one sequence.", at_least=2)
     batch_size: int = setting(8, "Sequences in one batch.", at_least=1)
     max_shard: str = setting("4GB", "Largest size of one weight file.")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """How a student that is planned will be stored."""
+
+    scheme: str | None = setting(
+        None,
+        "Count the bytes that 'moefuse quantize' will leave of the student by this scheme: w4a16, "
+        "gptq, w8a16, ...",
+    )
+    group_size: int | None = setting(
+        None,
+        "Numbers that share a scale in that scheme. [default: 128, 64 or 32, as they fit]",
+        at_least=1,
+    )
 
 
 LAUNCHES = ("here", "ray")

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -518,27 +519,32 @@ def heal_in_place(
     device: str,
     mixed: bool = False,
     held_out: PackedText | None = None,
+    directory: Path | None = None,
     description: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Heal a model that is in memory, whatever its experts are, and keep nothing on disk.
+    """Heal a model that is in memory, whatever its experts are.
 
     ``model`` and ``teacher`` share no weights, both in fp32 on ``device``. Coded rows are trained
     and stored again. Returns the log of the training. Of several methods each is healed alike.
+    Checkpoints of the training lie in ``directory``, from the last of which the same call goes on;
+    without one nothing is kept on disk.
     """
     stored_to_trained(model)
-    with tempfile.TemporaryDirectory() as directory:
+    if directory is not None:
+        remove_incomplete(directory)
+    with tempfile.TemporaryDirectory() if directory is None else nullcontext(directory) as place:
         log = train(
             model,
             LiveTeacher(teacher, family),
             text,
             family,
             options,
-            directory=Path(directory),
+            directory=Path(place),
             seed=seed,
             device=device,
             mixed=mixed,
             held_out=held_out,
-            resumable=False,
+            resumable=directory is not None,
             description=description,
         )
     trained_to_stored(model)

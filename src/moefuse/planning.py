@@ -19,6 +19,7 @@ from moefuse.config import (
     GroupConfig,
     MemoryConfig,
     SizeConfig,
+    StoreConfig,
     build,
     check_form,
     flag_of,
@@ -27,6 +28,7 @@ from moefuse.config import (
 from moefuse.devices import choose_device, choose_dtype, stored_dtype
 from moefuse.errors import UserError
 from moefuse.evaluation.forecast import Expected, Forecast, read_experience
+from moefuse.export.quantized.schemes import bytes_of_bases
 from moefuse.families import Family, family_of
 from moefuse.families.base import optional
 from moefuse.fusion.advice import percent_kept
@@ -60,7 +62,7 @@ class Planned:
 
     ``plan`` and ``estimate`` are None where the unfused teacher fits the memory that was asked
     for; ``serving`` and ``memory`` are None where no context was given, ``quality`` where no
-    measured grid was.
+    measured grid was, ``scheme`` where bases will not be quantised.
     """
 
     source: str
@@ -69,6 +71,7 @@ class Planned:
     serving: Serving | None = None
     memory: Memory | None = None
     quality: Forecast | None = None
+    scheme: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``teacher_fits`` tells that nothing has to be fused."""
@@ -76,6 +79,7 @@ class Planned:
             "source": self.source,
             "teacher_fits": self.plan is None,
             **(self.plan.to_json() if self.plan else {}),
+            "scheme": self.scheme,
             "estimate": asdict(self.estimate) if self.estimate else None,
             "serving": asdict(self.serving) if self.serving else None,
             "memory": self.memory.to_json() if self.memory else None,
@@ -126,10 +130,13 @@ def plan_checkpoint(
     """
     headers, family, teacher = _headers_of(checkpoint, revision)
     size, factor = _wishes(values)
+    store = build(StoreConfig, values)
+    teacher, size = _stored_by(store, teacher, size)
     serving = _serving(headers, family, values)
     if serving is None:
         plan = make_plan(teacher, size, factor)
-        return Planned(str(checkpoint), plan, _expected(headers, family, teacher, plan, values))
+        expected = _expected(headers, family, teacher, plan, values)
+        return Planned(str(checkpoint), plan, expected, scheme=store.scheme)
     needs = running_needs(headers.config, family, serving)
     vram = _vram(build(MemoryConfig, values), size)
     if vram is None:
@@ -142,6 +149,7 @@ def plan_checkpoint(
         _expected(headers, family, teacher, plan, values) if plan else None,
         serving,
         memory_of(plan.bytes if plan else teacher.bytes, needs, vram),
+        scheme=store.scheme,
     )
 
 
@@ -197,6 +205,7 @@ def plan_common_sizes(
     assert serving is not None
     needs = running_needs(headers.config, family, serving)
     size, factor = _wishes(values)
+    teacher, size = _stored_by(build(StoreConfig, values), teacher, size)
     fits = (_fit(teacher, vram * 10**9, needs, size, factor) for vram in COMMON_VRAM)
     return CommonSizes(str(checkpoint), serving, tuple(fits))
 
@@ -206,6 +215,28 @@ def _wishes(values: Mapping[str, Any]) -> tuple[SizeConfig, FactorConfig]:
     size, factor = build(SizeConfig, values), build(FactorConfig, values)
     check_form(size, build(GroupConfig, values), factor)
     return size, factor
+
+
+def _stored_by(
+    store: StoreConfig, teacher: Teacher, size: SizeConfig
+) -> tuple[Teacher, SizeConfig]:
+    """Let the planner count bases as a quantiser's scheme stores them, if one is named.
+
+    Own neurons have no bases, so a budget alone then chooses bases and deltas. Raises ``UserError``
+    for a scheme or group size that cannot be had.
+    """
+    if store.scheme is None:
+        if store.group_size is not None:
+            raise UserError("--group-size is for a --scheme that bases are stored by; add one.")
+        return teacher, size
+    if size.form not in ("auto", "low-rank"):
+        raise UserError(
+            f"--scheme is for shared bases, and --form {size.form} has none that 'moefuse "
+            "quantize' takes; leave out one of the two."
+        )
+    widths = {teacher.shape.hidden, teacher.shape.intermediate}
+    stored = bytes_of_bases(store.scheme, widths, store.group_size, teacher.itemsize)
+    return replace(teacher, base_bytes=stored), replace(size, form="low-rank")
 
 
 def _headers_of(
@@ -298,6 +329,8 @@ def render_plan(planned: Planned) -> Table:
         table.add_row("student", "none needed: the teacher fits as it is")
     else:
         _add_layers(table, planned.plan, "energy of the experts lost, forecast")
+        if planned.scheme is not None:
+            table.add_row("bases stored by", f"moefuse quantize --scheme {planned.scheme}")
     if planned.quality is not None:
         _add_quality(table, planned.quality)
     if planned.estimate is not None:

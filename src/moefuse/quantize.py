@@ -1,16 +1,17 @@
 """Quantise: a student whose linear layers are stored by an engine's own quantiser.
 
 What is rounded are the shared bases, plain linear layers, and on request attention, shared experts
-and layers without experts; deltas, router, norms, scales and biases stay as they are. On
-request the deltas of a group are found anew once its base is rounded, to make up for what it lost
-(``mathematics.refit``). With text, errors count as they come out on it: every base sees all tokens
-that chose any of its members.
+and layers without experts; router, norms, embeddings and head stay as they are. With text, errors
+count as they come out on it: every base sees all tokens that chose any of its members; and layers
+of few bits then learn to return what they returned before (``distillation.rounded``).
 """
 
 import shutil
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,33 @@ from moefuse.calibration.collect import CalibrationStore, collect
 from moefuse.checkpoint.headers import CARD, CONFIG, read_config
 from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.checkpoint.writer import ShardedWriter
-from moefuse.config import QuantizeConfig, build, parse_bytes
+from moefuse.config import DistillConfig, QuantizeConfig, build, parse_bytes
 from moefuse.console import track
+from moefuse.distillation.rounded import refit_layer
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
 from moefuse.export.quantized.card import quantized_card
 from moefuse.export.quantized.layers import BASES, chosen, linear_layers
+from moefuse.export.quantized.schemes import AWQ, GPTQ, REFITTED, check_scheme, check_text
+from moefuse.export.quantized.sparing import scale_neurons
 from moefuse.export.student_reader import StudentReader
+from moefuse.mathematics.activation_aware import input_scales
 from moefuse.mathematics.expert_moments import input_moments
 from moefuse.mathematics.experts import Experts
 from moefuse.mathematics.integers import Grid, Rounded, nearest, with_feedback
-from moefuse.mathematics.refit import refitted
 from moefuse.modeling import TRAVELLING_FILE
-from moefuse.modeling.modeling_moefuse import FusedExperts
+from moefuse.modeling.modeling_moefuse import FusedExperts, gating_of
 from moefuse.places import check_output, check_outside, check_own, size_of
 
-REFUSED = {
-    "awq": "AWQ moves the scales of a layer's inputs into what comes before it; before a base that "
-    "is the norm, which router, shared experts and deltas read too. Use gptq, which takes the same "
-    "text",
-    "hqq4": "Transformers 5 says of hqq itself that it is not available yet, so that nothing could "
-    "load it by the usual route. Use w4a16 or nf4",
-}
-"""Schemes that are known and cannot be had, with the reason."""
-SCHEMES = (*compressed.LAYOUTS, *libraries.SCHEMES)
-CALIBRATED = ("gptq",)
 OWN_ENTRIES = ("quantize-",)
+REFIT = DistillConfig(
+    batch_tokens=2048,
+    delta_learning_rate=5e-4,
+    scale_learning_rate=5e-4,
+    code_learning_rate=5e-3,
+)
+"""How layers learn to make up for rounding; measured in docs/research.md, section 17."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def quantize(
 class _Job:
     def __init__(self, student: Path, out: Path, options: QuantizeConfig, *, overwrite: bool):
         self.out, self.options, self.scheme = out, options, options.scheme
-        check_scheme(self.scheme, options.data)
+        check_scheme(self.scheme)
+        check_text(self.scheme, options.data)
+        self.refits = self._refits()
         check_output(out, overwrite=overwrite)
         self.reader = StudentReader.of(student)
         check_outside(out, self.reader.directory, "output")
@@ -130,6 +133,7 @@ class _Job:
         self.kinds = linear_layers(self.reader)
         self.names = chosen(self.kinds, options.what)
         self.grid = self._grid()
+        self.teacher = StreamedTeacher(self.reader, device="cpu", dtype=torch.float32)
         self.work = out.with_name(out.name + ".work")
         check_own(self.work, OWN_ENTRIES)
         self.tokens: list[tuple[Tensor, Tensor]] = [] if options.data is None else self._text()
@@ -138,13 +142,24 @@ class _Job:
         self.rounded_numbers = 0
 
     def _grid(self) -> Grid | None:
-        """Return the grid of a scheme that moefuse rounds by itself."""
-        layout = compressed.LAYOUTS.get(self.scheme)
-        if layout is None:
+        """Return the grid that bases are rounded to; None where a library's is its own."""
+        if self.scheme not in compressed.LAYOUTS:
             libraries.check(self.scheme)
+        layout = compressed.LAYOUTS.get(self.scheme, libraries.LAYOUTS.get(self.scheme))
+        if layout is None:
             return None
         widths = {self.reader.tensors[f"{name}.weight"].shape[1] for name in self.names}
         return compressed.grid_of(layout, widths, self.options.group_size)
+
+    def _refits(self) -> bool:
+        """Say whether what is rounded learns to make up for it; raises ``UserError``."""
+        options = self.options
+        if options.refit and options.data is None:
+            raise UserError(
+                "--refit lets a layer learn from text what rounding lost; say with --data which."
+            )
+        wished = options.data is not None and self.scheme in REFITTED
+        return wished if options.refit is None else options.refit
 
     def _text(self) -> list[tuple[Tensor, Tensor]]:
         options = self.options
@@ -164,8 +179,7 @@ class _Job:
         store = CalibrationStore(self.work / "quantize-calibration")
         try:
             if self.tokens:
-                teacher = StreamedTeacher(self.reader, device="cpu", dtype=torch.float32)
-                collect(teacher, self.tokens, store)
+                collect(self.teacher, self.tokens, store)
             return self._write(store)
         finally:
             if self.work.exists():
@@ -175,9 +189,10 @@ class _Job:
 
     def _write(self, store: CalibrationStore) -> QuantizeResult:
         partial = artifacts.partial_directory(self.out)
-        if self.grid is None:
+        if self.scheme in libraries.SCHEMES:
             settings = self._write_by_library(partial, store)
         else:
+            assert self.grid is not None
             layout = compressed.LAYOUTS[self.scheme]
             with ShardedWriter(partial, self.max_shard_bytes) as writer:
                 for name, tensor in self._tensors(store):
@@ -198,18 +213,17 @@ class _Job:
 
     def _write_by_library(self, partial: Path, store: CalibrationStore) -> dict[str, Any]:
         stay = [name for name in self.kinds if name not in set(self.names)]
-        model = libraries.load(self.reader, self.scheme, stay)
+        model = libraries.load(self.reader, self.scheme, stay, self.grid)
         for layer in track(self.reader.shape.layers, "Quantise"):
             path = self.reader.family.experts_path(layer)
-            given, made = self.reader.module(layer), model.get_submodule(path)
-            assert isinstance(given, FusedExperts)
-            moments = self._moments(layer, given, store)
+            given, made = self._module(layer), model.get_submodule(path)
+            self._moments(layer, given, store)
             rounded: dict[str, Tensor] = {}
             for name, linear in libraries.linears(made.get_submodule("bases")):
                 if f"{path}.bases.{name}" in self.names:
-                    rounded[name] = libraries.weight_of(linear)
-            deltas = self._refitted(given, rounded, moments)
-            made.load_state_dict(deltas, strict=False)
+                    rounded[f"bases.{name}"] = libraries.weight_of(linear)
+            _, rest = self._refitted(layer, given, rounded, store)
+            made.load_state_dict(rest, strict=False)
         self.rounded_numbers, self.rounded_bytes = libraries.stored(model, self.names, self.reader)
         return libraries.save(model, partial, self.max_shard_bytes)
 
@@ -230,11 +244,11 @@ class _Job:
                 yield from self._experts(layer, store)
 
     def _experts(self, layer: int, store: CalibrationStore) -> Iterator[tuple[str, Tensor]]:
-        module = self.reader.module(layer)
-        assert isinstance(module, FusedExperts)
+        module = self._module(layer)
         path = f"{self.reader.family.experts_path(layer)}."
         moments = self._moments(layer, module, store)
-        found: dict[str, Tensor] = {}
+        found: dict[str, Rounded] = {}
+        spared = self._spared(module, moments)
         for group, base in enumerate(module.bases):
             members = (module.group_of_expert == group).nonzero().flatten()
             for projection, linear in base.named_children():
@@ -242,13 +256,34 @@ class _Job:
                 if path + name not in self.names:
                     continue
                 moment = None if moments is None else moments.of_group(projection, members)
-                rounded = self._round(linear.weight.data, moment)  # type: ignore[arg-type]
-                yield from self._stored(path + name, rounded)
-                found[f"{group}.{projection}"] = rounded.weight()
-        state = {**module.state_dict(), **self._refitted(module, found, moments)}
-        for name, tensor in state.items():
+                if moment is not None and projection == "down_proj" and group in spared:
+                    moment = moment / torch.outer(spared[group], spared[group])
+                found[name] = self._round(linear.weight.data, moment)  # type: ignore[arg-type]
+        learnt, rest = self._refitted(layer, module, found, store)
+        for name, rounded in {**found, **learnt}.items():
+            yield from self._stored(path + name, rounded)
+        for name, tensor in {**module.state_dict(), **rest}.items():
             if path + name.removesuffix(".weight") not in self.names:
                 yield path + name, tensor
+
+    def _spared(self, module: FusedExperts, moments: Moments | None) -> dict[int, Tensor]:
+        """Enlarge what must be rounded well of every base's down projection, as AWQ does.
+
+        Returns by group what its columns were multiplied with, (F,); ``module`` is changed.
+        """
+        gating: Any = module.gating
+        if self.scheme != AWQ or moments is None or not gating.linear_in_up:
+            return {}
+        assert self.grid is not None
+        found: dict[int, Tensor] = {}
+        for group, base in enumerate(module.bases):
+            members = (module.group_of_expert == group).nonzero().flatten()
+            moment_FF = moments.of_group("down_proj", members)
+            down: Any = base.get_submodule("down_proj")
+            weight_DF = down.weight.detach()
+            found[group] = input_scales(weight_DF, self.grid, weight_DF.dtype, moment_FF)
+            scale_neurons(module, group, found[group])
+        return found
 
     def _stored(self, name: str, rounded: Rounded) -> Iterator[tuple[str, Tensor]]:
         stored = compressed.parts(name, rounded, compressed.LAYOUTS[self.scheme])
@@ -258,42 +293,50 @@ class _Job:
 
     def _round(self, weight_OI: Tensor, moment_II: Tensor | None) -> Rounded:
         assert self.grid is not None
-        if self.scheme in CALIBRATED and moment_II is not None:
+        if self.scheme == GPTQ and moment_II is not None:
             return with_feedback(weight_OI, self.grid, weight_OI.dtype, moment_II)
         energy_I = None if moment_II is None else moment_II.diagonal()
         search = self.options.scales == "search"
         return nearest(weight_OI, self.grid, weight_OI.dtype, search=search, energy_I=energy_I)
 
-    # Deltas.
+    # Making up for rounding.
 
-    @torch.no_grad()
     def _refitted(
-        self, module: FusedExperts, rounded: dict[str, Tensor], moments: Moments | None
-    ) -> dict[str, Tensor]:
-        """Return a layer's deltas by their names in the module, found anew if they are to be.
+        self,
+        layer: int,
+        module: FusedExperts,
+        rounded: dict[str, Rounded] | dict[str, Tensor],
+        store: CalibrationStore,
+    ) -> tuple[dict[str, Rounded], dict[str, Tensor]]:
+        """Return a layer's bases and the rest of it as it learnt to make up for its rounding.
 
-        ``rounded`` are the bases as they will be read, by names such as ``3.down_proj``.
+        ``rounded`` are its bases by names such as ``bases.3.down_proj``; those that are whole
+        numbers here learn too.
         """
-        delta: Any = module.delta
-        if delta is None or not self.options.refit:
-            return {}
-        found = {f"delta.{name}": tensor.clone() for name, tensor in delta.state_dict().items()}
-        for expert, group in enumerate(module.group_of_expert.tolist()):
-            for projection in ("gate_up_proj", "down_proj"):
-                read_OI = rounded.get(f"{group}.{projection}")
-                if read_OI is None:
-                    continue
-                base: Any = module.bases[group].get_submodule(projection)
-                lost_OI = base.weight.float() - read_OI
-                if projection == "gate_up_proj" and module.scale is not None:
-                    lost_OI = lost_OI * module.scale[expert].float().unsqueeze(-1)
-                stem = f"delta.{projection.removesuffix('_proj')}"
-                moment_II = None if moments is None else moments.of(projection)[expert]
-                b, a = found[f"{stem}_b"][expert], found[f"{stem}_a"][expert]
-                new_b, new_a = refitted(b, a, lost_OI, moment_II, self.options.damping)
-                b.copy_(new_b)
-                a.copy_(new_a)
-        return found
+        if not (self.refits and rounded):
+            return {}, {}
+        whole = deepcopy(module).float()
+        call = store.all_calls(layer).to("cpu")
+        options = replace(REFIT, steps=self.options.steps)
+        progress = partial(track, description=f"Refit layer {layer}")
+        # fp8 has no codes that a small step could change, and a library's codes are its own.
+        is_whole = self.scheme in compressed.LAYOUTS and self.grid and not self.grid.is_float
+        grid = self.grid if is_whole else None
+        bases, rest = refit_layer(
+            whole, rounded, grid, call, options, seed=self.options.seed, progress=progress
+        )
+        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        return bases, {name: tensor.to(dtypes[name]) for name, tensor in rest.items()}
+
+    def _module(self, layer: int) -> FusedExperts:
+        """Read a layer's fused experts, with what joins their gate and up."""
+        module, family = self.reader.module(layer), self.reader.family
+        assert isinstance(module, FusedExperts)
+        native = self.teacher.layers[layer].get_submodule(
+            f"{family.moe_name}.{family.experts_name}"
+        )
+        module.gating = gating_of(native, family.gating(self.reader.config))
+        return module
 
     @torch.no_grad()
     def _moments(self, layer: int, module: FusedExperts, store: CalibrationStore) -> Moments | None:
@@ -330,7 +373,7 @@ class _Job:
             student_bytes=size_of(self.reader.directory),
             bits=bits,
             base_bits=base_bits,
-            refitted=self.options.refit and any(p.rank for p in self.reader.plans.values()),
+            refitted=self.refits,
             seen=self._seen(),
         )
 
@@ -342,21 +385,9 @@ class _Job:
         return Seen(statistics.median(bases), min(bases), statistics.median(experts), min(experts))
 
 
-def check_scheme(scheme: str, data: str | None) -> None:
-    """Raise ``UserError`` for a scheme that there is not, or that lacks the text it needs."""
-    if scheme in REFUSED:
-        raise UserError(f"The scheme {scheme} cannot be had: {REFUSED[scheme]}.")
-    if scheme not in SCHEMES:
-        raise UserError(f"--scheme is {scheme!r}; choose from {', '.join((*SCHEMES, *REFUSED))}.")
-    if scheme in CALIBRATED and data is None:
-        raise UserError(
-            f"The scheme {scheme} is fitted to text; say with --data which, or use w4a16."
-        )
-
-
 def render_quantized(result: QuantizeResult) -> str:
     """Say in a few lines what was written."""
-    deltas = ", deltas fitted anew" if result.refitted else ""
+    deltas = ", layers refitted" if result.refitted else ""
     lines = [
         f"{result.out}: {result.scheme}{deltas}; {result.bytes / 1e6:.2f} MB, where the student "
         f"takes {result.student_bytes / 1e6:.2f} MB.",

@@ -1,5 +1,6 @@
 """True sizes of fused experts: counted on the modules themselves, built without memory."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from moefuse.modeling.modeling_moefuse import (
     NeuronExperts,
     PlainGating,
 )
+
+StoredBytes = Callable[[int, int], int]
+"""How many bytes a linear layer of (O, I) numbers takes as a quantiser stores it."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +170,22 @@ def layer_parameters(shape: MoeShape, plan: LayerPlan) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def layer_bytes(shape: MoeShape, plan: LayerPlan, itemsize: int) -> int:
+def layer_bytes(
+    shape: MoeShape, plan: LayerPlan, itemsize: int, base_bytes: StoredBytes | None = None
+) -> int:
     """Count the bytes that one layer's fused experts take on disk, the group map included.
 
-    ``itemsize`` is the bytes of one number in the checkpoint's dtype.
+    ``itemsize`` is the bytes of one number in the checkpoint's dtype; ``base_bytes`` tells those of
+    a base's matrix where a quantiser stores it otherwise.
     """
     module = make_experts(shape, plan, "meta")
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-    return sum(parameter.numel() for parameter in module.parameters()) * itemsize + buffers
+    plain = sum(parameter.numel() for parameter in module.parameters()) * itemsize + buffers
+    if base_bytes is None or not isinstance(module, FusedExperts):
+        return plain
+    linears = [part for part in module.bases.modules() if isinstance(part, torch.nn.Linear)]
+    stored = sum(base_bytes(part.out_features, part.in_features) for part in linears)
+    return plain + stored - sum(part.weight.numel() for part in linears) * itemsize
 
 
 def active_parameters(shape: MoeShape, plan: LayerPlan) -> int:

@@ -92,6 +92,18 @@ def test_names_are_those_of_published_checkpoints(
     assert names(tmp_path / "plain") == names(home / f"{family}-teacher")
 
 
+def test_experts_are_counted_by_the_published_key(
+    student: Make, home: Path, tmp_path: Path
+) -> None:
+    """Transformers saves the number under another key, which ExLlamaV3 does not look at."""
+    expand(student("qwen3_moe", groups=3, rank=2), tmp_path / "plain")
+
+    teacher = json.loads((home / "qwen3_moe-teacher/config.json").read_text())
+    assert (teacher.get("num_experts"), teacher["num_local_experts"]) == (None, 8)
+    config = json.loads((tmp_path / "plain/config.json").read_text())
+    assert (config["num_experts"], config["num_local_experts"]) == (8, 8)
+
+
 def names(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in read_headers(checkpoint).tensors.items()}
 

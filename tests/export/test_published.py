@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_close
-from running import run_here, write_text
+from running import run_here, write_jsonl, write_text
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from moefuse.collapse import collapse
 from moefuse.evaluation.loading import load_tokenizer
+from moefuse.evaluation.quality import evaluate
+from moefuse.export.gguf.write import export_gguf
 from moefuse.export.published import import_published
 from moefuse.heal import heal
+from moefuse.measuring import read_held_out
 from moefuse.modeling import load_fused
 from moefuse.modeling.modeling_moefuse import MultiplexedExperts
 
@@ -129,13 +133,17 @@ def test_outputs_are_the_formulas(published: Any, tmp_path: Path, family: str, k
     model = load_fused(import_published(old, tmp_path / "new")).eval()
 
     assert_close(model(IDS_BS).logits, expected(IDS_BS).logits)
-    # Token by token with a cache, where the published code leaves adapters out.
+    assert_close(one_by_one(model), expected(IDS_BS[:1]).logits)
+
+
+def one_by_one(model: Any) -> Tensor:
+    """Logits token by token with a cache, where the published code leaves adapters out."""
     cache, rows = None, []
     for at in range(IDS_BS.shape[1]):
         step: Any = model(IDS_BS[:1, at : at + 1], past_key_values=cache, use_cache=True)
         cache = step.past_key_values
         rows.append(step.logits)
-    assert_close(torch.cat(rows, 1), expected(IDS_BS[:1]).logits)
+    return torch.cat(rows, 1)
 
 
 def test_its_tokenizer_is_what_models_of_the_family_load(published: Any, tmp_path: Path) -> None:
@@ -166,9 +174,13 @@ def test_it_loads_without_moefuses_classes(published: Any, tmp_path: Path) -> No
     assert_close(model(IDS_BS).logits, expected(IDS_BS).logits)
 
 
-def test_packed_layers_come_out_plain(published: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_packed_layers_come_out_plain(
+    published: Any, tmp_path: Path, family: str, kind: str
+) -> None:
     """AWQ at 4 bits: codes times scales are the layer, exactly."""
-    old, expected = published()
+    old, expected = published(family, kind)
     tensors = load_file(old / "model.safetensors")
     names = [name for name in tensors if name.endswith("fused_layer.weight")]
     for name in names:
@@ -195,6 +207,7 @@ def test_packed_layers_come_out_plain(published: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         # Packed weights are fp16 or bf16, whose roundings the formula does not have.
         assert_close(model(IDS_BS).logits, expected(IDS_BS).logits, 3e-2)
+        assert_close(one_by_one(model), expected(IDS_BS[:1]).logits, 3e-2)
 
 
 def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -263,11 +276,55 @@ def test_what_is_wrong_is_told(
     assert "no checkpoint of that layout" in ran.err
 
 
-def test_it_has_no_plain_form(
+def test_nothing_computes_it_but_its_own_form(
     published: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     old, _ = published()
     import_published(old, tmp_path / "new")
-    ran = run_here(capfd, "expand", tmp_path / "new", tmp_path / "plain")
-    assert ran.status == 2
-    assert "no plain form" in ran.err
+    for command, out in ((("expand",), "plain"), (("export", "gguf"), "out.gguf")):
+        ran = run_here(capfd, *command, tmp_path / "new", tmp_path / out)
+        assert ran.status == 2
+        assert "mixed before the non-linearity" in ran.err
+        assert not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_collapsed_and_exported(published: Any, tmp_path: Path, kind: str) -> None:
+    """Its own layers are the teacher, layer by layer; what is learnt is a plain model."""
+    old, expected = published("deepseek_v3", kind)
+    import_published(old, tmp_path / "new")
+    held_out = write_jsonl(tmp_path / "held.jsonl", documents=4)
+    values: dict[str, Any] = {
+        "data": str(write_text(tmp_path / "text.txt")),
+        "held_out": str(held_out),
+        "held_out_tokens": 512,
+        "tokens": 512,
+        "sequence_length": 64,
+        "batch_size": 4,
+        "batch_tokens": 64,
+        "router_steps": 20,
+        "steps": 40,
+    }
+
+    rates = {"tokens": "2K", "batch_size": 4, "expert_rate": 2e-3, "rate": 1e-3}
+    healing = rates if kind == "mixture" else None
+    result = collapse(tmp_path / "new", tmp_path / "plain", values, healing=healing)
+
+    assert healing is None or result.losses[1].kl < result.losses[0].kl
+    assert all(error["after"] < error["before"] for error in result.errors.values())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert model.config.n_routed_experts == result.groups == G
+    # What is told to be lost is lost against the formula.
+    tokenizer = load_tokenizer(tmp_path / "new")
+    told = read_held_out(held_out, tokenizer, 64, values["held_out_tokens"])
+    lost = evaluate(
+        {"plain": model.eval()},
+        told.sequences,
+        teacher=expected,
+        documents=told.documents,
+        pad_id=0,
+        description=None,
+    )["plain"]
+    assert lost.kl == pytest.approx(result.losses[-1].kl, rel=1e-3)
+    export_gguf(tmp_path / "plain", tmp_path / "out.gguf", pre_tokenizer="gpt-2")
+    assert (tmp_path / "out.gguf").stat().st_size > 0

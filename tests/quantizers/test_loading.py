@@ -35,6 +35,9 @@ print(json.dumps({"base": type(base).__name__, "weight": type(base.weight).__nam
 """
 
 
+GROUPED = ("w4a16", "gptq", "awq", "int4-torchao", "hqq4")
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantizers")
@@ -49,10 +52,10 @@ def loaded(path: Path, *made: Any) -> dict[str, Any]:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "gptq", "w8a16", "w8a8", "fp8", "nf4"])
+@pytest.mark.parametrize("scheme", [*GROUPED, "w8a16", "w8a8", "fp8", "nf4"])
 def test_a_quantised_student_loads_without_moefuse(home: Path, tmp_path: Path, scheme: str) -> None:
-    group = {"group_size": 16} if scheme in ("w4a16", "gptq") else {}
-    text = {"data": str(home / "text.txt"), "tokens": 512, "sequence_length": 64}
+    group = {"group_size": 16} if scheme in GROUPED else {}
+    text = {"data": str(home / "text.txt"), "tokens": 512, "sequence_length": 64, "steps": 3}
 
     quantize(home / "student", tmp_path / "out", {"scheme": scheme, **text, **group})
 

@@ -32,6 +32,7 @@ from moefuse.artifacts import read_json
 from moefuse.checkpoint.formats import as_plain
 from moefuse.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
 from moefuse.errors import UserError
+from moefuse.families import all_families
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -112,9 +113,7 @@ def local_headers(source: str, directory: Path) -> CheckpointHeaders:
     index = directory / INDEX
     if index.is_file():
         _match_index(index, read_weight_map(index), tensors)
-    return CheckpointHeaders(
-        source, config, dict(sorted(as_plain(source, config, tensors).items()))
-    )
+    return _of(source, config, tensors)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -344,9 +343,17 @@ def _hub_headers(source: str, revision: str | None) -> CheckpointHeaders:
             if tensor.dtype not in DTYPE_BITS:
                 raise UserError(f"{name!r} of {source} has the unknown dtype {tensor.dtype!r}.")
             tensors[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape), shard)
-    settings = read_config(config.parent)
-    plain = as_plain(source, settings, tensors)
-    return CheckpointHeaders(source, settings, dict(sorted(plain.items())))
+    return _of(source, read_config(config.parent), tensors)
+
+
+def _of(source: str, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> CheckpointHeaders:
+    """Tell of a checkpoint: quantised tensors as plain ones, a whole model's text model alone."""
+    plain = as_plain(source, config, tensors)
+    family = all_families().get(str(config.get("model_type")))
+    if family is not None and family.text_prefix is not None:
+        own = {name: family.within_text(name) for name in plain}
+        plain = {own[n]: replace(t, name=own[n], renamed=n) for n, t in plain.items()}
+    return CheckpointHeaders(source, config, dict(sorted(plain.items())))
 
 
 def _cached_headers(source: str, revision: str | None, reason: Exception) -> CheckpointHeaders:

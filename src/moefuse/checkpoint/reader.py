@@ -314,7 +314,7 @@ class CheckpointReader:
     def _plain(self, tensor: TensorInfo, files: Mapping[str, Any]) -> Tensor:
         """Return a tensor out of open files, made of its parts if it is quantised."""
         if not tensor.parts:
-            return files[tensor.shard].get_tensor(tensor.name)
+            return files[tensor.shard].get_tensor(tensor.stored_name)
         found = format_of(self.config)
         assert found is not None
         parts = {end: files[part.shard].get_tensor(part.name) for end, part in tensor.parts}
@@ -345,7 +345,7 @@ class CheckpointReader:
 
 
 def _as_stored(tensor: TensorInfo, files: Mapping[str, Any]) -> list[Tensor]:
-    return [files[part.shard].get_tensor(part.name) for part in tensor.stored]
+    return [files[part.shard].get_tensor(part.stored_name) for part in tensor.stored]
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -240,12 +240,18 @@ class StreamedTeacher:
         stored = self.reader.read_layer(layer, experts=False)
         if layer in self.reader.shape.layers:
             path = f"{family.moe_name}.{family.experts_name}"
-            dtype = expected[f"{path}.gate_up_proj"].dtype
-            native = self.reader.read_native(layer, device=self.device, dtype=dtype)
-            stored |= {f"{path}.{name}": tensor for name, tensor in native.items()}
-            del native
+            experts = self._experts_state(layer)
+            stored |= {f"{path}.{name}": tensor for name, tensor in experts.items()}
+            del experts
         # Popped, so that what is stored in another dtype goes as soon as it is converted.
         return {name: stored.pop(name).to(self.device, expected[name].dtype) for name in expected}
+
+    def _experts_state(self, layer: int) -> dict[str, Tensor]:
+        """Read the state of a layer's experts module, by the names in it."""
+        family = self.reader.family
+        experts = self.layers[layer].get_submodule(f"{family.moe_name}.{family.experts_name}")
+        dtype = experts.state_dict()["gate_up_proj"].dtype
+        return self.reader.read_native(layer, device=self.device, dtype=dtype)
 
     @torch.no_grad()
     def forward_layer(

@@ -43,6 +43,8 @@ class TensorInfo:
     """Where its bytes begin in the shard; 0 where only the hub's headers are known."""
     parts: tuple[tuple[str, "TensorInfo"], ...] = ()
     """Of a quantised weight: the stored tensors, each after what it is to the weight."""
+    renamed: str | None = None
+    """What the shard calls it, where that is not its name."""
 
     @property
     def numel(self) -> int:
@@ -58,6 +60,11 @@ class TensorInfo:
     def stored_bytes(self) -> int:
         """How many bytes it takes on the disk."""
         return sum(part.nbytes for part in self.stored)
+
+    @property
+    def stored_name(self) -> str:
+        """What the shard calls it."""
+        return self.renamed or self.name
 
     @property
     def stored(self) -> tuple["TensorInfo", ...]:

@@ -83,7 +83,8 @@ def expand(
     if needed > width:
         width = -(-needed // NEURONS_TOGETHER) * NEURONS_TOGETHER
     wide = reader if width == reader.shape.intermediate else reader.widened(width)
-    config = {**wide.config, "dtype": str(stored).removeprefix("torch.")}
+    counted = wide.family.with_expert_count(wide.config, wide.shape.experts)
+    config = {**counted, "dtype": str(stored).removeprefix("torch.")}
     _check_room(wide, stored, out)
     what = EXPANDED + WITHOUT_BIASES * reader.loses_biases
     size = expanded_bytes(wide, stored)

@@ -6,7 +6,9 @@ neurons is those and the shared neurons, their gains in the down projection::
     gate_up_e = s_e * Wgu_g + Bgu_e Agu_e        down_e = Wd_g + Bd_e Ad_e
     down_e[:, shared f] = gain_ef * down_f
 
-Both are exact but for the rounding of the dtype. In families whose experts have biases an expert
+Both are exact but for the rounding of the dtype. Multiplexed experts are what they are when a token
+chooses no other member of their group, without the shift of their input: a beginning, not the same
+function. In families whose experts have biases an expert
 has its own, and so has each of its neurons; elsewhere an ordinary expert has none, and a student's
 are lost.
 
@@ -19,7 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts
+from moefuse.modeling.modeling_moefuse import (
+    FusedExperts,
+    MaskedDelta,
+    MixtureDelta,
+    MultiplexedExperts,
+    NeuronExperts,
+)
 
 Ordinary = tuple[Tensor, Tensor, Tensor | None]
 """``gate_up`` (2F, D), gate first, ``down`` (D, F) and, where there is one, the bias of ``gate_up``
@@ -34,7 +42,7 @@ def ordinary_experts(module: FusedExperts | NeuronExperts, width: int) -> Iterat
 
     Neurons of zeros add nothing. Who must not lose a bias that the family has none of asks before.
     """
-    experts = _of_groups(module) if isinstance(module, FusedExperts) else _of_neurons(module)
+    experts = _parts(module)
     pad = torch.nn.functional.pad
     for gate_up_PFD, down_DF, bias_PF in experts:
         missing = width - down_DF.shape[1]
@@ -42,6 +50,12 @@ def ordinary_experts(module: FusedExperts | NeuronExperts, width: int) -> Iterat
         rows_FD = pad(gate_up_PFD, (0, 0, 0, missing)).flatten(0, 1)
         bias_F = None if bias_PF is None else pad(bias_PF, (0, missing)).flatten()
         yield rows_FD, pad(down_DF, (0, missing)), bias_F
+
+
+def _parts(module: FusedExperts | NeuronExperts) -> Iterator[Parts]:
+    if isinstance(module, MultiplexedExperts):
+        return _of_multiplexed(module)
+    return _of_groups(module) if isinstance(module, FusedExperts) else _of_neurons(module)
 
 
 def widest(module: FusedExperts | NeuronExperts) -> int:
@@ -65,6 +79,23 @@ def _of_groups(module: FusedExperts) -> Iterator[Parts]:
             down_DF = down_DF + down_b_DR @ delta.down_a[expert].float()
         bias_PF = None if module.bias is None else module.bias[expert].float().unflatten(0, (2, -1))
         yield gate_up_FD.unflatten(0, (2, -1)), down_DF, bias_PF
+
+
+def _of_multiplexed(module: MultiplexedExperts) -> Iterator[Parts]:
+    delta: Any = module.delta
+    for expert, group in enumerate(module.group_of_expert.tolist()):
+        base: Any = module.bases[group]
+        own = [_alone(adapter, expert, group) for adapter in (delta.gate, delta.up, delta.down)]
+        gate_up_PFD = base.gate_up_proj.weight.float().unflatten(0, (2, -1))
+        yield gate_up_PFD + torch.stack(own[:2]), base.down_proj.weight.float() + own[2], None
+
+
+def _alone(adapter: MixtureDelta | MaskedDelta, expert: int, group: int) -> Tensor:
+    """Return what an adapter adds to a projection for a member that is chosen alone, (O, I)."""
+    if isinstance(adapter, MixtureDelta):
+        return adapter.b[expert].float() @ adapter.a[expert].float()
+    masked_OR = adapter.b[group].float() * adapter.mask[expert].float()
+    return masked_OR @ adapter.a[group].float()
 
 
 def _of_neurons(module: NeuronExperts) -> Iterator[Parts]:

@@ -76,13 +76,13 @@ def write_plain(
     family = reader.family
     with ShardedWriter(partial, max_shard_bytes) as writer:
         for name, tensor in named_rest(reader, None, change):
-            writer.add(name, tensor)
+            writer.add(family.within_whole(name), tensor)
         for layer in track(range(family.layer_count(config)), description):
             for name, tensor in named_rest(reader, layer, change):
-                writer.add(name, tensor)
+                writer.add(family.within_whole(name), tensor)
             if layer in reader.shape.layers:
                 for name, tensor in named_experts(family, layer, experts(layer)):
-                    writer.add(name, tensor)
+                    writer.add(family.within_whole(name), tensor)
     reader.copy_auxiliary_files(partial)
     artifacts.write_json(partial / CONFIG, config)
     artifacts.write_text(partial / CARD, card)

@@ -20,7 +20,7 @@ from moefuse.export.ordinary import ordinary_experts, widest
 from moefuse.families import Family, all_families
 from moefuse.mathematics.experts import ExpertBiases
 from moefuse.modeling import is_fused
-from moefuse.modeling.modeling_moefuse import MULTIPLEXED, FusedExperts, NeuronExperts
+from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts
 from moefuse.sizes import LayerPlan, make_experts
 
 PREDICTION_LAYERS = "num_nextn_predict_layers"
@@ -38,8 +38,12 @@ class StudentReader(CheckpointReader):
     plans: dict[int, LayerPlan]
 
     @classmethod
-    def of(cls, directory: Path) -> "StudentReader":
-        """Open a fused checkpoint in ``directory``; raises ``UserError`` for anything else."""
+    def of(cls, directory: Path, *, exactly: bool = True) -> "StudentReader":
+        """Open a fused checkpoint in ``directory``; raises ``UserError`` for anything else.
+
+        Multiplexed experts, which ordinary ones only come near to, are refused if the plain model
+        is to compute ``exactly`` what the student does.
+        """
         headers = local_headers(str(directory), directory)
         if not is_fused(headers.config):
             raise UserError(
@@ -49,13 +53,14 @@ class StudentReader(CheckpointReader):
         block = headers.config["moefuse"]
         family = all_families()[block["teacher_model_type"]]
         config = plain_config(headers.config, family)
-        if any(plan["delta"] in MULTIPLEXED for plan in block["layers"].values()):
+        plans = {int(layer): LayerPlan(**plan) for layer, plan in block["layers"].items()}
+        if exactly and any(plan.is_multiplexed for plan in plans.values()):
             raise UserError(
                 f"{directory} has multiplexed experts (imported from the layout of 2025, or fused "
                 "by --form multiplexed), which are mixed before the non-linearity: no ordinary "
-                "experts compute that, so it has no plain form."
+                "experts compute that, so it has no plain form; 'moefuse collapse' makes a plain "
+                "model that learns to come near."
             )
-        plans = {int(layer): LayerPlan(**plan) for layer, plan in block["layers"].items()}
         shape = family.shape(config)
         return cls(headers.source, directory, config, headers.tensors, family, shape, plans=plans)
 
@@ -63,6 +68,11 @@ class StudentReader(CheckpointReader):
     def dtype(self) -> torch.dtype:
         """The dtype that the student is stored in."""
         return WORKING.get(str(self.config.get("dtype")), torch.bfloat16)
+
+    @property
+    def is_multiplexed(self) -> bool:
+        """Whether members of a group are mixed before the non-linearity."""
+        return any(plan.is_multiplexed for plan in self.plans.values())
 
     @property
     def loses_biases(self) -> bool:

@@ -355,6 +355,9 @@ class Family:
     publish: tuple[tuple[str, str], ...] = ()
     """The same the other way: pairs on a module's name that give what published checkpoints say."""
 
+    text_prefix: str | None = None
+    """What names begin with instead of ``model.`` where the text model was published as a part of
+    one that reads more than text; Transformers loads both."""
     unserved: str | None = None
     """Why vLLM does not serve the family's students; None where it does."""
     gguf: Gguf | None = None
@@ -404,10 +407,13 @@ class Family:
         return require(config, "num_hidden_layers")
 
     def with_expert_count(self, config: Config, experts: int) -> dict[str, Any]:
-        """Return a copy of ``config`` whose layers have ``experts`` routed experts."""
-        spelled = (self.experts_count_key, *self.experts_count_aliases)
-        present = [key for key in spelled if key in config] or [self.experts_count_key]
-        return {**config, **dict.fromkeys(present, experts)}
+        """Return a copy of ``config`` whose layers have ``experts`` routed experts.
+
+        It says so by the key that published checkpoints have, which some engines insist on, and by
+        whatever other spelling is there: Transformers saves one of its own for some families.
+        """
+        present = [key for key in self.experts_count_aliases if key in config]
+        return {**config, **dict.fromkeys((self.experts_count_key, *present), experts)}
 
     def with_fewer_experts(self, config: Config, experts: int) -> dict[str, Any]:
         """Return a copy of ``config`` with ``experts`` routed experts a layer, all in one pool.
@@ -486,6 +492,16 @@ class Family:
             return (self.experts_prefix(layer),)
         prefix = f"{self.layer_prefix(layer)}{self.disk_moe_name}."
         return tuple(prefix + name.removesuffix("weight") for name in self.stacked)
+
+    def within_whole(self, name: str) -> str:
+        """Return what a whole model's checkpoint calls the tensor ``name`` of its text model."""
+        return re.sub(r"^model\.", self.text_prefix, name) if self.text_prefix else name
+
+    def within_text(self, name: str) -> str:
+        """Return what the text model alone calls the tensor ``name`` of a whole model."""
+        if self.text_prefix and name.startswith(self.text_prefix):
+            return f"model.{name.removeprefix(self.text_prefix)}"
+        return name
 
     def module_name(self, name: str) -> str:
         """Return what Transformers calls the tensor that the checkpoint calls ``name``."""

@@ -38,5 +38,6 @@ FAMILY = Family(
     one_piece_a_row=True,
     unserved="its linear attention is not run by vLLM's Transformers backend",
     attention_names=("self_attn", "linear_attn"),
+    text_prefix="model.language_model.",
     unused=("mtp.", "model.visual."),
 )

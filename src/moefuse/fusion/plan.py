@@ -39,6 +39,7 @@ from moefuse.fusion.plan_neurons import (
 from moefuse.sizes import (
     LayerPlan,
     Plan,
+    StoredBytes,
     active_parameters,
     layer_bytes,
     layer_parameters,
@@ -64,6 +65,7 @@ class Teacher:
 
     ``outside`` counts parameters outside the routed experts, ``itemsize`` is the bytes of one
     number once it is plain, ``stored_bytes`` are those on the disk where these are others.
+    ``base_bytes`` tells what a student's bases take where a quantiser is to store them.
     """
 
     shape: MoeShape
@@ -73,6 +75,7 @@ class Teacher:
     embedding: int
     itemsize: int
     stored_bytes: int | None = None
+    base_bytes: StoredBytes | None = None
 
     @property
     def bytes(self) -> int:
@@ -196,7 +199,9 @@ def counted(
     shape = teacher.shape
     experts = sum(layer_parameters(shape, layer) for layer in layers.values())
     active = sum(active_parameters(shape, layer) for layer in layers.values())
-    expert_bytes = sum(layer_bytes(shape, layer, teacher.itemsize) for layer in layers.values())
+    expert_bytes = sum(
+        layer_bytes(shape, layer, teacher.itemsize, teacher.base_bytes) for layer in layers.values()
+    )
     return Plan(
         layers=layers,
         parameters=teacher.outside + experts,

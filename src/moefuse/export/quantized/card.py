@@ -8,7 +8,7 @@ from moefuse.export.plain_card import base_of, front_matter, size
 if TYPE_CHECKING:
     from moefuse.export.student_reader import StudentReader
 
-NEEDS = {"nf4": "bitsandbytes", "int4-torchao": "torchao"}
+NEEDS = {"nf4": "bitsandbytes", "int4-torchao": "torchao", "hqq4": "torchao"}
 LOADING = """\
 ## Loading
 
@@ -34,14 +34,17 @@ def quantized_card(name: str, reader: "StudentReader", what: str, result: dict[s
     rounded = ", ".join(NAMES[part.strip()] for part in what.split(","))
     lines = [
         f"The fused student {reader.directory.name} of {base.name}, quantised by the scheme "
-        f"{result['scheme']}: {rounded}. Deltas, router, norms, embeddings and head are as they "
+        f"{result['scheme']}: {rounded}. Router, norms, embeddings and head are as they "
         f"were. It takes {size(result['bytes'])}, the student {size(result['student_bytes'])}.",
         f"A number of the routed experts takes {result['bits']:.2f} bits on average, deltas and "
         f"scales included; a number that was rounded takes {result['base_bits']:.2f}, scales "
         "included.",
     ]
     if result["refitted"]:
-        lines.append("The deltas were found anew, to make up for what rounding did to their bases.")
+        lines.append(
+            "Every layer then learnt on text to return what it returned before: deltas, scales and "
+            "biases, and where the scheme leaves it open which way numbers are rounded."
+        )
     if result["seen"] is not None:
         seen = result["seen"]
         lines.append(

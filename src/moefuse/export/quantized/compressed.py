@@ -36,6 +36,7 @@ class Layout:
 LAYOUTS = {
     "w4a16": Layout("pack-quantized", 4, grouped=True),
     "gptq": Layout("pack-quantized", 4, grouped=True),
+    "awq": Layout("pack-quantized", 4, grouped=True),
     "w8a16": Layout("pack-quantized", 8),
     "w8a8": Layout("int-quantized", 8, rounds_inputs=True),
     "fp8": Layout("float-quantized", 8, is_float=True, rounds_inputs=True),
@@ -79,6 +80,15 @@ def parts(name: str, rounded: Rounded, layout: Layout) -> dict[str, Tensor]:
         f"{name}.weight_scale": rounded.scale_OG,
         f"{name}.weight_shape": torch.tensor(rounded.codes_OI.shape, dtype=torch.int64),
     }
+
+
+def stored_bytes(layout: Layout, grid: Grid, rows: int, columns: int, itemsize: int) -> int:
+    """Return the bytes of what ``parts`` stores of a matrix; a scale has ``itemsize``."""
+    scales = rows * (1 if grid.group is None else columns // grid.group) * itemsize
+    if layout.format != "pack-quantized":
+        return rows * columns + scales
+    shape = 2 * torch.int64.itemsize
+    return rows * columns * layout.bits // 8 + scales + shape
 
 
 def packed(codes_OI: Tensor, bits: int) -> Tensor:

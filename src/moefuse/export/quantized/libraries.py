@@ -17,13 +17,18 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from moefuse import artifacts
 from moefuse.checkpoint.headers import CONFIG
 from moefuse.errors import UserError
+from moefuse.export.quantized.compressed import Layout
 from moefuse.export.student_reader import StudentReader
+from moefuse.mathematics.integers import Grid
 from moefuse.modeling import load_fused
 
-NF4, TORCHAO = "nf4", "int4-torchao"
-SCHEMES = {NF4: ("bitsandbytes", "nf4"), TORCHAO: ("torchao", "torchao")}
+NF4 = "nf4"
+TORCHAO = {"int4-torchao": "AFFINE", "hqq4": "HQQ_SCALE_ONLY"}
+"""torchao's schemes, with its name for how scales are chosen; HQQ is half-quadratic."""
+SCHEMES = {NF4: ("bitsandbytes", "nf4"), **dict.fromkeys(TORCHAO, ("torchao", "torchao"))}
 """By scheme: the package that rounds, and moefuse's extra that has it."""
-TORCHAO_GROUP = 32
+LAYOUTS = dict.fromkeys(TORCHAO, Layout("torchao", 4, grouped=True))
+"""What is known of how a library's scheme stores weights."""
 
 
 def check(scheme: str) -> None:
@@ -35,8 +40,11 @@ def check(scheme: str) -> None:
         )
 
 
-def load(reader: StudentReader, scheme: str, stay: list[str]) -> PreTrainedModel:
-    """Load a student rounded by ``scheme``, all but the linear layers ``stay``."""
+def load(reader: StudentReader, scheme: str, stay: list[str], grid: Grid | None) -> PreTrainedModel:
+    """Load a student rounded by ``scheme``, all but the linear layers ``stay``.
+
+    ``grid`` tells torchao's schemes how many numbers share a scale.
+    """
     if scheme == NF4:
         settings: Any = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -45,16 +53,21 @@ def load(reader: StudentReader, scheme: str, stay: list[str]) -> PreTrainedModel
             llm_int8_skip_modules=stay,
         )
     else:
-        settings = TorchAoConfig(_torchao(), modules_to_not_convert=stay)
+        assert grid is not None
+        settings = TorchAoConfig(_torchao(scheme, grid), modules_to_not_convert=stay)
     return load_fused(reader.directory, quantization_config=settings)
 
 
-def _torchao() -> Any:
+def _torchao(scheme: str, grid: Grid) -> Any:
     quantization: Any = import_module("torchao.quantization")
+    workflows: Any = import_module("torchao.quantization.quantize_.workflows")
     granularity: Any = import_module("torchao.quantization.granularity")
     int4: Any = getattr(torch, "int4")  # noqa: B009 - torch's stubs do not know it
-    group = granularity.PerGroup(TORCHAO_GROUP)
-    return quantization.IntxWeightOnlyConfig(weight_dtype=int4, granularity=group)
+    return quantization.IntxWeightOnlyConfig(
+        weight_dtype=int4,
+        granularity=granularity.PerGroup(grid.group),
+        intx_choose_qparams_algorithm=workflows.IntxChooseQParamsAlgorithm[TORCHAO[scheme]],
+    )
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

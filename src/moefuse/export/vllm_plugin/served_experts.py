@@ -7,13 +7,17 @@ expert's. Deltas go through the same kernel with the expert's number.
 
 Split over W devices, each holds 1/W of the F neurons of every base and every delta: rows of gate
 and up, of their B, of scale and bias, columns of down and of its A. Whatever is chosen, all devices
-have the same work, and outputs are summed. Splitting by experts instead would need as many groups
-as devices, and balances only as the router does.
+have the same work, and outputs are summed.
 
-Shape suffixes as in ``modeling_moefuse``; f is a device's share of F.
+Split by experts instead (``--enable-expert-parallel``), each device holds whole bases, those of
+some groups, and the deltas of their members. Rows of others are zero there, and outputs are summed
+all the same. That needs as many groups as devices, and balances only as the router does.
+
+Shape suffixes as in ``modeling_moefuse``; f is a device's share of F, e and g are how many experts
+and groups it holds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,34 +49,50 @@ COMPUTE_TYPES = {
 }
 
 
-class Assignment(NamedTuple):
-    """Which matrix each of the N = T * K rows is multiplied by; on a GPU also rows by blocks."""
+OF_GROUPS = ("gate_up", "down")
 
-    id_N: Tensor
-    count: int
+
+class Assignment(NamedTuple):
+    """Which matrix each of the N = T * K rows is multiplied by; on a GPU also rows by blocks.
+
+    ``place_N`` is the matrix's place among those of this device, -1 where it is on another.
+    """
+
+    place_N: Tensor
     blocks: tuple[Tensor, Tensor, Tensor] | None
     config: dict[str, int]
 
 
-def assign(id_N: Tensor, count: int, tokens: int, hidden: int) -> Assignment:
-    """Prepare products of N rows, row n by matrix ``id_N[n]`` of ``count``."""
+def assign(
+    id_N: Tensor, place_of_id: Tensor | None, count: int, hidden: int, top_k: int
+) -> Assignment:
+    """Prepare products of N rows, row n by matrix ``id_N[n]`` of ``count``.
+
+    ``place_of_id`` (count,) int32 tells where this device holds each, -1 where it does not; None:
+    in order, all of them.
+    """
+    place_N = id_N if place_of_id is None else place_of_id[id_N].long()
     if not id_N.is_cuda:
-        return Assignment(id_N, count, None, {})
-    config = get_default_config(tokens, count, hidden, hidden, len(id_N) // max(tokens, 1), None)
-    blocks = moe_align_block_size(id_N.int().unsqueeze(-1), config["BLOCK_SIZE_M"], count)
-    return Assignment(id_N, count, blocks, config)
+        return Assignment(place_N, None, {})
+    tokens = len(id_N) // top_k
+    config = get_default_config(tokens, count, hidden, hidden, top_k, None)
+    blocks = moe_align_block_size(
+        id_N.int().unsqueeze(-1), config["BLOCK_SIZE_M"], count, place_of_id
+    )
+    return Assignment(place_N, blocks, config)
 
 
 def product(x_MI: Tensor, weight_EOI: Tensor, rows: Assignment) -> Tensor:
     """Multiply row n // (N / M) of ``x_MI`` by the matrix that row n is assigned to: (N, O).
 
-    ``x_MI`` (M, I) holds a row for each of the N, or a row for each token, M = T.
+    ``x_MI`` (M, I) holds a row for each of the N, or a row for each token, M = T. Rows of matrices
+    that are on other devices are zero.
     """
-    each = len(rows.id_N) // max(len(x_MI), 1)
+    each = len(rows.place_N) // max(len(x_MI), 1)
     if rows.blocks is None:
-        return _product_in_turn(x_MI, weight_EOI, rows, each)
+        return _product_in_turn(x_MI, weight_EOI, rows.place_N, each)
     sorted_N, matrix_of_block, padded = rows.blocks
-    y_NO = x_MI.new_empty(len(rows.id_N), weight_EOI.shape[1])
+    y_NO = x_MI.new_empty(len(rows.place_N), weight_EOI.shape[1])
     invoke_fused_moe_triton_kernel(
         x_MI,
         weight_EOI,
@@ -96,23 +116,45 @@ def product(x_MI: Tensor, weight_EOI: Tensor, rows: Assignment) -> Tensor:
     return y_NO
 
 
-def _product_in_turn(x_MI: Tensor, weight_EOI: Tensor, rows: Assignment, each: int) -> Tensor:
+def _product_in_turn(x_MI: Tensor, weight_EOI: Tensor, place_N: Tensor, each: int) -> Tensor:
     """Do the same matrix by matrix, where there is no GPU."""
-    id_N, order_N = rows.id_N.sort(stable=True)
-    counts = torch.bincount(id_N, minlength=rows.count).tolist()
+    elsewhere = int((place_N < 0).sum())
+    order_N = place_N.argsort(stable=True)[elsewhere:]
+    counts = torch.bincount(place_N[order_N], minlength=len(weight_EOI)).tolist()
     y_NO = expert_linear(x_MI.index_select(0, order_N // max(each, 1)), weight_EOI, counts)
-    return torch.empty_like(y_NO).index_copy(0, order_N, y_NO)
+    return y_NO.new_zeros(len(place_N), y_NO.shape[1]).index_copy(0, order_N, y_NO)
+
+
+def groups_of_device(
+    group_of_expert: Sequence[int], groups: int, rank: int, devices: int
+) -> list[int]:
+    """Return the groups that device ``rank`` holds, so that all hold about as many experts.
+
+    The largest group comes first, each goes to the device that has the fewest experts so far, or
+    else the fewest groups; no device is left without where there are as many groups as devices.
+    """
+    members = [0] * groups
+    for group in group_of_expert:
+        members[group] += 1
+    held: list[list[int]] = [[] for _ in range(devices)]
+    for group in sorted(range(groups), key=lambda group: -members[group]):
+        emptiest = min(held, key=lambda some: (sum(members[g] for g in some), len(some)))
+        emptiest.append(group)
+    return sorted(held[rank])
 
 
 class ServedExperts(OpaqueExperts):
     """One device's share of a ``FusedExperts``, whose tensors ``load_weights`` takes in.
 
-    Parameters: ``gate_up`` (G, 2f, D), ``down`` (G, D, f), ``gate_up_a`` (E, R, D), ``gate_up_b``
-    (E, 2f, R), ``down_a`` (E, R, f), ``down_b`` (E, D, R), ``scale`` and ``bias`` (E, 2f),
-    ``down_bias`` (E, D).
+    Parameters: ``gate_up`` (g, 2f, D), ``down`` (g, D, f), ``gate_up_a`` (e, R, D), ``gate_up_b``
+    (e, 2f, R), ``down_a`` (e, R, f), ``down_b`` (e, D, R), ``scale`` and ``bias`` (e, 2f),
+    ``down_bias`` (e, D). Split by neurons g and e are all G and E; split by experts f is F, and the
+    parameters are made when ``group_of_expert`` is loaded, which tells whose they are.
     """
 
     group_of_expert: Tensor
+    place_of_expert: Tensor | None
+    place_of_group: Tensor | None
 
     def __init__(
         self,
@@ -123,45 +165,46 @@ class ServedExperts(OpaqueExperts):
         dtype: torch.dtype,
         device: torch.device | str,
         sum_over_devices: Callable[[Tensor], Tensor],
+        by_experts: bool = False,
     ) -> None:
         """Make room for what ``fused``, which may be on the meta device, becomes on a device."""
         super().__init__()
         first: Any = fused.bases[0]
         intermediate = first.down_proj.in_features
-        if intermediate % devices:
+        self.gating, self.num_experts, self.num_groups = (
+            fused.gating,
+            fused.num_experts,
+            len(fused.bases),
+        )
+        self.rank, self.devices, self.sum_over_devices = rank, devices, sum_over_devices
+        self.by_experts = by_experts
+        if by_experts and self.num_groups < devices:
+            raise UserError(
+                f"{self.num_groups} groups of experts cannot be spread over {devices} devices; "
+                "leave --enable-expert-parallel out, and every device takes a part of each."
+            )
+        if not by_experts and intermediate % devices:
             raise UserError(
                 f"Experts of {intermediate} neurons cannot be split over {devices} devices; give "
                 "--tensor-parallel-size a divisor of them."
             )
-        self.gating, self.num_experts = fused.gating, fused.num_experts
-        self.rank, self.devices, self.sum_over_devices = rank, devices, sum_over_devices
-        share, hidden = intermediate // devices, first.down_proj.out_features
-        groups, experts = len(fused.bases), fused.num_experts
-        shapes: dict[str, tuple[int, ...]] = {
-            "gate_up": (groups, 2 * share, hidden),
-            "down": (groups, hidden, share),
-        }
-        if fused.delta is not None:
-            rank_up, rank_down = fused.delta.gate_up_a.shape[1], fused.delta.down_a.shape[1]
-            shapes |= {
-                "gate_up_a": (experts, rank_up, hidden),
-                "gate_up_b": (experts, 2 * share, rank_up),
-                "down_a": (experts, rank_down, share),
-                "down_b": (experts, hidden, rank_down),
-            }
-        shapes |= {
-            name: (experts, 2 * share)
-            for name in ("scale", "bias")
-            if getattr(fused, name) is not None
-        }
-        if fused.down_bias is not None:
-            shapes["down_bias"] = (experts, hidden)
-        for name, shape in shapes.items():
-            room = torch.empty(shape, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(room, requires_grad=False))
+        self.options = {"dtype": dtype, "device": device}
+        share = intermediate if by_experts else intermediate // devices
+        self.shapes = _shapes(fused, share, first.down_proj.out_features)
         self.register_buffer(
-            "group_of_expert", torch.zeros(experts, dtype=torch.long, device=device)
+            "group_of_expert", torch.zeros(self.num_experts, dtype=torch.long, device=device)
         )
+        self.register_buffer("place_of_expert", None)
+        self.register_buffer("place_of_group", None)
+        self.waiting: list[tuple[str, Tensor]] = []
+        if not by_experts:
+            self._make_room(self.num_groups, self.num_experts)
+
+    def _make_room(self, groups: int, experts: int) -> None:
+        for name, shape in self.shapes.items():
+            count = groups if name in OF_GROUPS else experts
+            room = torch.empty((count, *shape), **self.options)
+            self.register_parameter(name, nn.Parameter(room, requires_grad=False))
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the routed experts' output, summed over devices; see ``FusedExperts``."""
@@ -169,47 +212,80 @@ class ServedExperts(OpaqueExperts):
         expert_N = top_k_index.reshape(-1).long()
         hidden = hidden_states.shape[1]
         group_N = self.group_of_expert[expert_N]
-        by_group = assign(group_N, len(self.gate_up), tokens, hidden)
-        by_expert = assign(expert_N, self.num_experts, tokens, hidden)
+        by_group = assign(group_N, self.place_of_group, self.num_groups, hidden, top_k)
+        by_expert = assign(expert_N, self.place_of_expert, self.num_experts, hidden, top_k)
+        weight_N1 = top_k_weights.reshape(-1, 1) * (by_expert.place_N >= 0).unsqueeze(-1)
+        own_N = by_expert.place_N.clamp(min=0)
         h_Nf = product(hidden_states, self.gate_up, by_group)
         if hasattr(self, "scale"):
-            h_Nf = h_Nf * self.scale[expert_N]
+            h_Nf = h_Nf * self.scale[own_N]
         if hasattr(self, "gate_up_a"):
             inner_NR = product(hidden_states, self.gate_up_a, by_expert)
             h_Nf = h_Nf + product(inner_NR, self.gate_up_b, by_expert)
         if hasattr(self, "bias"):
-            h_Nf = h_Nf + self.bias[expert_N]
+            h_Nf = h_Nf + self.bias[own_N]
         gate_Nf, up_Nf = h_Nf.chunk(2, dim=-1)
-        z_Nf = (self.gating(gate_Nf, up_Nf) * top_k_weights.reshape(-1, 1)).to(h_Nf.dtype)
+        z_Nf = (self.gating(gate_Nf, up_Nf) * weight_N1).to(h_Nf.dtype)
         y_ND = product(z_Nf, self.down, by_group)
         if hasattr(self, "down_a"):
             y_ND = y_ND + product(product(z_Nf, self.down_a, by_expert), self.down_b, by_expert)
-        # Devices' outputs are summed, so that one alone adds what no neuron is part of.
-        if hasattr(self, "down_bias") and self.rank == 0:
-            weight_N1 = top_k_weights.reshape(-1, 1)
-            y_ND = y_ND + (self.down_bias[expert_N] * weight_N1).to(y_ND.dtype)
+        # Where neurons are split, one device alone adds what no neuron is part of.
+        if hasattr(self, "down_bias") and (self.by_experts or self.rank == 0):
+            y_ND = y_ND + (self.down_bias[own_N] * weight_N1).to(y_ND.dtype)
         y_TD = y_ND.view(tokens, top_k, hidden).sum(1, dtype=torch.float32)
         return self.sum_over_devices(y_TD.to(hidden_states.dtype))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take in this device's share of a ``FusedExperts``' tensors; return whose they are."""
+        """Take in this device's share of a ``FusedExperts``' tensors; return whose they are.
+
+        May be called again with further ones. Split by experts, those that come before
+        ``group_of_expert`` wait for it; they are of one layer.
+        """
         loaded = set()
         for name, tensor in weights:
-            target, place = self._place(name)
-            with torch.no_grad():
-                place.copy_(self._share(target, tensor))
-            loaded.add(target)
+            if name == "group_of_expert":
+                self.group_of_expert.copy_(tensor)
+                loaded.add(name)
+                if self.by_experts:
+                    self._choose_own(tensor.tolist())
+            self.waiting.append((name, tensor))
+            if not self.by_experts or self.place_of_expert is not None:
+                loaded |= {self._take(*each) for each in self.waiting}
+                self.waiting.clear()
         return loaded
 
-    def _place(self, name: str) -> tuple[str, Tensor]:
-        """Return the tensor that a checkpoint's ``name`` goes to, and where in it."""
+    def _choose_own(self, group_of_expert: list[int]) -> None:
+        """Make room for this device's groups and their members, in order of their numbers."""
+        groups = groups_of_device(group_of_expert, self.num_groups, self.rank, self.devices)
+        experts = [e for e, group in enumerate(group_of_expert) if group in groups]
+        for name, own, count in (
+            ("place_of_group", groups, self.num_groups),
+            ("place_of_expert", experts, self.num_experts),
+        ):
+            place = torch.full((count,), -1, dtype=torch.int32)
+            place[own] = torch.arange(len(own), dtype=torch.int32)
+            setattr(self, name, place.to(self.group_of_expert.device))
+        self._make_room(len(groups), len(experts))
+
+    @torch.no_grad()
+    def _take(self, name: str, tensor: Tensor) -> str:
+        """Copy this device's share of the checkpoint's ``name``; return the parameter's name."""
         parts = name.split(".")
-        if parts[0] == "bases":
-            target = parts[2].removesuffix("_proj")
-            return target, self.get_parameter(target)[int(parts[1])]
-        return parts[-1], getattr(self, parts[-1])
+        if parts[0] != "bases":
+            target = parts[-1]
+            if target != "group_of_expert":
+                own = slice(None) if self.place_of_expert is None else self.place_of_expert >= 0
+                self.get_parameter(target).copy_(self._share(target, tensor[own]))
+            return target
+        target, group = parts[2].removesuffix("_proj"), int(parts[1])
+        place = group if self.place_of_group is None else int(self.place_of_group[group])
+        if place >= 0:
+            self.get_parameter(target)[place].copy_(self._share(target, tensor))
+        return target
 
     def _share(self, target: str, tensor: Tensor) -> Tensor:
+        if self.by_experts:
+            return tensor
         if target in ("down", "down_a"):
             return tensor.chunk(self.devices, -1)[self.rank]
         if target in ("gate_up", "gate_up_b", "scale", "bias"):
@@ -220,7 +296,26 @@ class ServedExperts(OpaqueExperts):
         return tensor
 
 
-def put_served_experts(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+def _shapes(fused: FusedExperts, share: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of one group's or expert's part of every parameter, f being ``share``."""
+    shapes: dict[str, tuple[int, ...]] = {"gate_up": (2 * share, hidden), "down": (hidden, share)}
+    if fused.delta is not None:
+        rank_up, rank_down = fused.delta.gate_up_a.shape[1], fused.delta.down_a.shape[1]
+        shapes |= {
+            "gate_up_a": (rank_up, hidden),
+            "gate_up_b": (2 * share, rank_up),
+            "down_a": (rank_down, share),
+            "down_b": (hidden, rank_down),
+        }
+    shapes |= {name: (2 * share,) for name in ("scale", "bias") if getattr(fused, name) is not None}
+    if fused.down_bias is not None:
+        shapes["down_bias"] = (hidden,)
+    return shapes
+
+
+def put_served_experts(
+    model: nn.Module, dtype: torch.dtype, device: torch.device | str, *, by_experts: bool
+) -> None:
     """Put this device's share in the place of every ``FusedExperts`` below ``model``.
 
     Other forms of experts stay as they are, whole on every device.
@@ -235,5 +330,6 @@ def put_served_experts(model: nn.Module, dtype: torch.dtype, device: torch.devic
                     dtype=dtype,
                     device=device,
                     sum_over_devices=tensor_model_parallel_all_reduce,
+                    by_experts=by_experts,
                 )
                 setattr(parent, name, share)

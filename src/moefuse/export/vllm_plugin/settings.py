@@ -47,11 +47,12 @@ class GpuSettings(FusedSettings):
     def verify_and_update_model_config(model_config: Any) -> None:
         """Do without CUDA graphs where a layer asks how many rows its experts have.
 
-        All forms do but bases and low-rank deltas, which ``ServedExperts`` runs.
+        All forms do but plain bases and low-rank deltas, which ``ServedExperts`` runs.
         """
         FusedSettings.verify_and_update_model_config(model_config)
         layers = model_config.hf_config.moefuse["layers"].values()
-        if any(
+        quantised = getattr(model_config.hf_config, "quantization_config", None) is not None
+        if quantised or any(
             layer.get("neurons") is not None or layer["delta"] in MULTIPLEXED for layer in layers
         ):
             model_config.enforce_eager = True
