@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import moefuse
 from moefuse import demo
-from moefuse.quantize import SCHEMES, quantize
+from moefuse.export.quantized.schemes import SCHEMES
+from moefuse.quantize import quantize
 
 # Tiny matrices are faster on one thread.
 torch.set_num_threads(1)
@@ -66,7 +67,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
         out = root / name
         plain, _, scheme = name.rpartition("-")
         if scheme in SCHEMES:
-            calibration = {"data": str(demo.calibration_path()), "tokens": 2048}
+            calibration = {"data": str(demo.calibration_path()), "tokens": 2048, "steps": 2}
             quantize(make(plain), out, {"scheme": scheme, **calibration})
         elif name in BUNDLED:
             few = {"tokens": 2048, "steps": 2, "held_out_tokens": 0}
