@@ -4,7 +4,9 @@ Both are of true size (the original 15.7 B parameters) and randomly initialised,
 time that trained weights take; random routers spread tokens evenly. Transformers' ``generate``
 writes new tokens after a prompt, greedily, for batches of several sizes: with a dynamic cache, and
 with a static one, which compiles the model. The original runs with its fastest experts
-implementation. Each model has a process of its own; device memory is what was most held by it.
+implementation. Each model has a process of its own; both do everything once, which is when they
+compile, at the same time, and are then timed one after the other. Device memory is what was most
+held by a process up to that size, batches being done in the order given.
 
     python benchmarks/generating.py --device cuda
     python benchmarks/generating.py --layers 2 --new-tokens 8          # a few minutes on a CPU
@@ -15,6 +17,8 @@ import json
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +35,7 @@ GROUPS, RANK = 8, 8
 FUSED, ORIGINAL = "fused", "original"
 PROMPT_TOKENS = 32
 REPEATS = 3
+READY = "ready"
 LITE: dict[str, Any] = {
     "vocab_size": 102400,
     "hidden_size": 2048,
@@ -75,60 +80,83 @@ def make_model(name: str, layers: int, device: str) -> PreTrainedModel:
     return model.eval()
 
 
-def generated(model: PreTrainedModel, batch: int, new_tokens: int, *, static: bool) -> list[float]:
-    """Generate several times; seconds of each, the first (which compiles) left out."""
+def generated(model: PreTrainedModel, batch: int, new_tokens: int, *, static: bool) -> float:
+    """Generate once; seconds."""
     generator = torch.Generator().manual_seed(batch)
     size = (batch, PROMPT_TOKENS)
     ids = torch.randint(5, LITE["vocab_size"], size, generator=generator).to(model.device)
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     if static:
         options["cache_implementation"] = "static"
-    spent = []
-    for _ in range(1 + REPEATS):
-        start = time.perf_counter()
-        model.generate(ids, do_sample=False, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - start)
-    return spent[1:]
+    start = time.perf_counter()
+    model.generate(ids, do_sample=False, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Measure one model; prints a JSON line for every cell."""
+    """Measure one model: do everything once, wait for a line of input, print a line a cell."""
     model = make_model(given.model, given.layers, given.device)
     parameters = sum(p.numel() for p in model.parameters())
     cuda = torch.device(given.device).type == "cuda"
-    for static in (False, True):
-        for batch in given.batches:
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            spent = generated(model, batch, given.new_tokens, static=static)
-            cell = {
-                "model": given.model,
-                "parameters": parameters,
-                "cache": "static, compiled" if static else "dynamic",
-                "batch": batch,
-                "tokens_per_second": batch * given.new_tokens / median(spent),
-                "spread": (max(spent) - min(spent)) / 2 / median(spent),
-                "device_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-            }
-            print(json.dumps(cell), flush=True)
+    held: dict[tuple[bool, int], int | None] = {}
+    sizes = [(static, batch) for static in (False, True) for batch in given.batches]
+    for static, batch in sizes:
+        spent = generated(model, batch, given.new_tokens, static=static)
+        held[static, batch] = torch.cuda.max_memory_allocated() if cuda else None
+        print(f"{given.model}, batch {batch}, static {static}: {spent:.0f} s at first", flush=True)
+    print(READY, flush=True)
+    sys.stdin.readline()
+    for static, batch in sizes:
+        spent = [
+            generated(model, batch, given.new_tokens, static=static) for _ in range(1 + REPEATS)
+        ][1:]
+        cell = {
+            "model": given.model,
+            "parameters": parameters,
+            "cache": "static, compiled" if static else "dynamic",
+            "batch": batch,
+            "tokens_per_second": batch * given.new_tokens / median(spent),
+            "spread": (max(spent) - min(spent)) / 2 / median(spent),
+            "device_bytes": held[static, batch],
+        }
+        print(json.dumps(cell), flush=True)
 
 
-def of_model(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure one model in a process of its own; what it was done with when it failed is kept."""
+def started(name: str, given: argparse.Namespace) -> subprocess.Popen:
+    """Start one model's process."""
     command = [sys.executable, __file__, "--model", name, "--device", given.device]
     command += ["--layers", str(given.layers), "--new-tokens", str(given.new_tokens)]
     command += ["--batches", *map(str, given.batches)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+
+def lines_until(process: subprocess.Popen, last: str | None) -> Iterator[str]:
+    """Yield what a process prints, showing it, until it has printed ``last`` or ended."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.rstrip() == last:
+            return
+        print(line, end="", flush=True)
+        yield line
+
+
+def of_models(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure both models; what one was done with when it failed is kept."""
+    processes = {name: started(name, given) for name in (FUSED, ORIGINAL)}
+    for process in processes.values():
+        deque(lines_until(process, READY), maxlen=0)
     cells = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                print(line, end="", flush=True)
-                cells.append(json.loads(line))
-    if process.returncode:
-        print(f"{name}: ended with status {process.returncode} after {len(cells)} cells")
+    for name, process in processes.items():
+        if process.poll() is None:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        cells += [json.loads(line) for line in lines_until(process, None) if line[0] == "{"]
+        if process.wait():
+            print(f"{name}: ended with status {process.returncode}")
     return cells
 
 
@@ -170,7 +198,7 @@ def main() -> None:
     if given.model:
         measure(given)
         return
-    cells = [cell for name in (FUSED, ORIGINAL) for cell in of_model(name, given)]
+    cells = of_models(given)
     given.out.mkdir(parents=True, exist_ok=True)
     name = f"generating-{torch.device(given.device).type}"
     meta = machine_meta("python benchmarks/generating.py", device=given.device)

@@ -14,7 +14,7 @@ from triton_ways import DEVICE, DTYPES, by_triton, poisoned, triton_forward  # n
 
 from moefuse.errors import UserError
 from moefuse.modeling import kernels, modeling_moefuse
-from moefuse.modeling.kernels import triton_pairs, triton_path
+from moefuse.modeling.kernels import triton_order, triton_pairs, triton_path
 from moefuse.modeling.kernels.tiles import tiles_for
 from moefuse.modeling.naive import naive_forward
 
@@ -63,7 +63,7 @@ def test_many_rows_are_multiplied_by_pairs(
 ) -> None:
     """A token's members of one group share a base's product; groups are of unlike sizes."""
     monkeypatch.setattr(triton_pairs, "MANY_ROWS", 1)
-    monkeypatch.setattr(triton_path, "ONE_BY_ONE", 8)
+    monkeypatch.setattr(triton_order, "ONE_BY_ONE", 8)
     sizes = Sizes(
         tokens=41, experts=9, top_k=4, groups=3, rank=rank, hidden=40, intermediate=72, hit=8
     )
@@ -92,7 +92,7 @@ def test_the_order_is_by_group_and_expert_and_both_ways_agree(
     call = random_call(sizes)
     by_counting = triton_forward(module, *call)
     monkeypatch.setattr(triton_path, "MOST_COUNTED", 0)
-    monkeypatch.setattr(triton_path, "ONE_BY_ONE", 0)
+    monkeypatch.setattr(triton_order, "ONE_BY_ONE", 0)
 
     assert_close(triton_forward(module, *call), by_counting)
 

@@ -29,9 +29,9 @@ class Tiles:
 
 BY_ROWS = (
     Tiles(16, Product(32, 64, 4, 5), Product(64, 64, 4, 5)),
-    Tiles(32, Product(64, 64, 4, 5), Product(64, 64, 4, 5)),
-    Tiles(64, Product(64, 64, 4, 5), Product(64, 64, 4, 5)),
-    Tiles(128, Product(128, 64, 8, 4), Product(128, 64, 8, 5)),
+    Tiles(32, Product(64, 64, 4, 3), Product(128, 64, 8, 5)),
+    Tiles(64, Product(64, 64, 4, 3), Product(128, 64, 4, 3)),
+    Tiles(128, Product(128, 64, 8, 4), Product(128, 64, 4, 3)),
 )
 MANY = Tiles(128, Product(128, 64, 8, 3), Product(256, 64, 8, 3), 64)
 """The fastest of some dozens that were tried on an H100 with DeepSeek-Coder-V2-Lite's shapes."""

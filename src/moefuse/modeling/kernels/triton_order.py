@@ -15,8 +15,9 @@ FEW = 256
 """Up to how many rows a row's inner values have more warps and fewer numbers at once."""
 BLOCK, CHUNK = 16, 512
 """For how many rows a program counts, and how many others it looks at at once."""
-ONE_BY_ONE = 16384
-"""Up to how many numbers, rows times rank, the deltas' inner rows are computed one by one."""
+ONE_BY_ONE, ONE_BY_ONE_RANK = 16384, 32
+"""Up to how many numbers, rows times rank, and up to which rank, the deltas' inner rows are
+computed one by one."""
 MOST_LANES = 64
 """How many ranks of a group's members are multiplied at once."""
 MOST_COUNTED = 4096
@@ -118,6 +119,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 def filled(number: int, least: int = 1) -> int:
     """Return the power of two that ``number`` is filled up to, at least ``least``."""
     return max(least, triton.next_power_of_2(number))
+
+
+def one_by_one(rows: int, rank: int) -> bool:
+    """Tell whether so many inner rows are computed one by one, rather than by tiles."""
+    return rank <= ONE_BY_ONE_RANK and rows * rank <= ONE_BY_ONE
 
 
 def row_of_rank(rank: int, rows: int) -> dict[str, int]:

@@ -17,11 +17,11 @@ from moefuse.modeling.kernels.gatings import number_of
 from moefuse.modeling.kernels.tiles import Product, Tiles, tiles_for
 from moefuse.modeling.kernels.triton_order import (
     MOST_COUNTED,
-    ONE_BY_ONE,
     Places,
     Rows,
     filled,
     launch,
+    one_by_one,
     ordered,
     places_of,
     row_of_rank,
@@ -143,7 +143,7 @@ def fused_experts(
     scale, bias, down_bias = extras
     gate_up_a, gate_up_b, down_a, down_b = deltas or (None,) * 4
     rank, down_rank = (0 if a is None else a.shape[1] for a in (gate_up_a, down_a))
-    few = number * rank <= ONE_BY_ONE
+    few = one_by_one(number, rank)
     largest = layer.places.largest
     by_pairs = pays(tokens, top_k, len(down), largest, (down_rank, intermediate))
     inner_NR = x_TD.new_empty(number, rank) if rank else None
