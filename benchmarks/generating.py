@@ -6,7 +6,7 @@ writes new tokens after a prompt, greedily, for batches of several sizes: with a
 with a static one, which compiles the model. The original runs with its fastest experts
 implementation. Each model has a process of its own; both do everything once, which is when they
 compile, at the same time, and are then timed one after the other. Device memory is what was most
-held by a process up to that size, batches being done in the order given.
+held by a process the first time, after the model was made.
 
     python benchmarks/generating.py --device cuda
     python benchmarks/generating.py --layers 2 --new-tokens 8          # a few minutes on a CPU
@@ -103,6 +103,8 @@ def measure(given: argparse.Namespace) -> None:
     held: dict[tuple[bool, int], int | None] = {}
     sizes = [(static, batch) for static in (False, True) for batch in given.batches]
     for static, batch in sizes:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         spent = generated(model, batch, given.new_tokens, static=static)
         held[static, batch] = torch.cuda.max_memory_allocated() if cuda else None
         print(f"{given.model}, batch {batch}, static {static}: {spent:.0f} s at first", flush=True)
@@ -166,15 +168,16 @@ def table(cells: list[dict[str, Any]], given: argparse.Namespace, meta: dict[str
     lines = [f"| {' | '.join(titles)} | fused, GB | original, GB |", "| --- |" + " ---: |" * 6]
     by_place = {(cell["model"], cell["cache"], cell["batch"]): cell for cell in cells}
     for (name, cache, batch), fused in by_place.items():
-        original = by_place.get((ORIGINAL, cache, batch))
-        if name != FUSED or original is None:
+        if name != FUSED:
             continue
-        rates = fused["tokens_per_second"], original["tokens_per_second"]
+        both = fused, by_place.get((ORIGINAL, cache, batch))
+        rates = [cell["tokens_per_second"] if cell else None for cell in both]
+        times = f"{rates[0] / rates[1]:.2f}" if rates[0] and rates[1] else "-"
         sizes = [
-            f"{cell['device_bytes'] / 1e9:.1f}" if cell["device_bytes"] else "-"
-            for cell in (fused, original)
+            f"{cell['device_bytes'] / 1e9:.1f}" if cell and cell["device_bytes"] else "-"
+            for cell in both
         ]
-        figures = [f"{rates[0]:,.1f}", f"{rates[1]:,.1f}", f"{rates[0] / rates[1]:.2f}", *sizes]
+        figures = [*(f"{rate:,.1f}" if rate else "-" for rate in rates), times, *sizes]
         lines.append(f"| {cache} | {batch} | {' | '.join(figures)} |")
     told = (
         f"DeepSeek-Coder-V2-Lite's shapes, {given.layers} layers, random weights in bf16; {GROUPS} "

@@ -118,7 +118,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 def filled(number: int, least: int = 1) -> int:
     """Return the power of two that ``number`` is filled up to, at least ``least``."""
-    return max(least, triton.next_power_of_2(number))
+    return max(least, 1 << (number - 1).bit_length() if number > 0 else 1)
 
 
 def one_by_one(rows: int, rank: int) -> bool:

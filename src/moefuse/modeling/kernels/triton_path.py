@@ -29,7 +29,7 @@ from moefuse.modeling.kernels.triton_order import (
     table,
 )
 from moefuse.modeling.kernels.triton_pairs import PairLayer, pairs_of, pays
-from moefuse.modeling.kernels.weights import obstacle_of_weights
+from moefuse.modeling.kernels.weights import obstacle_of_weights, weights_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -236,7 +236,7 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
     elif module.delta is not None and type(module.delta).__name__ != "LowRankDelta":
         found = "they know low-rank deltas alone"
     found = found or obstacle_of_weights(module, x_TD)
-    if found is None and not all(weight.is_contiguous() for weight in module.parameters()):
+    if found is None and not all(weight.is_contiguous() for weight in weights_of(module)):
         found = "a weight does not lie in one piece"
     return found
 
