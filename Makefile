@@ -74,9 +74,10 @@ llama-cpp: $(VENV)/developing
 test-llama-cpp: $(VENV)/developing
 	cd tests/llama && ../../$(BIN)/python -m pytest . -c ../../pyproject.toml --rootdir ../..
 
-# Tokens a second of fused files beside their teachers'; needs what llama-cpp builds.
+# Tokens a second of fused files beside their teachers', on one thread as published (the last --threads
+# counts: FLAGS="--threads 4"); needs what llama-cpp builds.
 llama-cpp-speed: $(VENV)/developing
-	$(BIN)/python benchmarks/llama_cpp_speed.py
+	$(BIN)/python benchmarks/llama_cpp_speed.py --threads 1 $(FLAGS)
 
 # The libraries that read quantised students; an environment of their own, as they pin much.
 QUANT := .venv-quantizers

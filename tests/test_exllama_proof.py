@@ -1,6 +1,7 @@
 """How plain checkpoints are judged in ExLlama, without it: it needs a GPU."""
 
 import importlib.util
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from moefuse.artifacts import read_json
 
 PLACE = Path(__file__).parents[1] / "integrations/exllama"
 
@@ -77,3 +80,16 @@ def test_figures_of_other_cases_are_kept(
     }
     assert "| yes | 476 (478) of 480 |" in (tmp_path / "exllama.md").read_text()
     assert "no: no / such tensor" in capsys.readouterr().out
+    assert "earlier" in read_json(tmp_path / "exllama.json")["meta"]
+
+
+def test_an_errors_first_line_is_told(prove: Any) -> None:
+    advice = "CUDA error: out of memory\nFor debugging consider this\n\nCompile with that"
+    program = f"try:\n  {{}}[0]\nexcept KeyError:\n  raise RuntimeError({advice!r})"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert prove.reason(ran.stderr) == "RuntimeError: CUDA error: out of memory"
+    assert prove.reason("loading\nKilled\n") == "Killed"
+    assert prove.reason("") == ""

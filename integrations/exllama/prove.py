@@ -16,7 +16,8 @@ as a measure of what fp16 costs, in fp16. A checkpoint counts as run if
   is told too, but is made by the few positions where fp16 chooses another expert.)
 
 Each case runs in a process of its own, because an error on a GPU ends every other in its process.
-Cases that are not run keep the figures that an earlier run left in ``--out``.
+Cases that are not run keep the figures that an earlier run left in ``--out``, and what it told of
+its machine and commit.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def make_all(home: Path, families: set[str], at_once: int) -> None:
 
 
 def apart(case: Case, home: Path) -> Found | str:
-    """Run one case in a process of its own; return what it found, or the end of what it said."""
+    """Run one case in a process of its own; return what it found, or what it died of."""
     engine, family, form = case
     command = [sys.executable, __file__, "--home", home, "--case", engine, family, form]
     try:
@@ -170,7 +171,20 @@ def apart(case: Case, home: Path) -> Found | str:
         print(last[0], flush=True)
         return Found(**json.loads(last[0]))
     print(f"{engine}, {family}, {form}:\n{ran.stdout[-1500:]}\n{ran.stderr[-3000:]}", flush=True)
-    return (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
+    return reason(ran.stderr) or f"exit status {ran.returncode}"
+
+
+def reason(stderr: str) -> str:
+    """Return the line that tells most of what a process died of, "" if it said nothing.
+
+    That is an exception's first line: those from CUDA end in advice to developers.
+    """
+    lines = stderr.strip().splitlines()
+    starts = [at for at, line in enumerate(lines) if line.startswith("Traceback (most recent")]
+    if starts:
+        told = [line for line in lines[starts[-1] + 1 :] if line and not line[0].isspace()]
+        return "".join(told[:1])
+    return "".join(lines[-1:])
 
 
 def table(found: dict[Case, Found | str]) -> str:
@@ -236,7 +250,8 @@ def main() -> None:
 def write(out: Path, found: dict[Case, Found | str]) -> None:
     """Write what was found, and what an earlier run found of other cases, and show it."""
     path = out / "exllama.json"
-    told = {**(read(path) if path.is_file() else {}), **found}
+    earlier = read(path) if path.is_file() else {}
+    told = {**earlier, **found}
     told = {case: told[case] for case in cases(list(KNOWN), None) if case in told}
     rows = [
         {"engine": case[0], "family": case[1], "form": case[2], "refused": one}
@@ -246,8 +261,11 @@ def write(out: Path, found: dict[Case, Found | str]) -> None:
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     meta = machine_meta("integrations/exllama/prove.py", device=device)
-    write_json(path, {"meta": meta, "rows": rows})
     by = f"Written by `python integrations/exllama/prove.py` on one {meta['device']}."
+    if earlier.keys() - found.keys():
+        meta["earlier"] = read_json(path)["meta"]
+        by += " Other cases are of an earlier run, which `meta.earlier` in the JSON tells of."
+    write_json(path, {"meta": meta, "rows": rows})
     write_text(out / "exllama.md", f"{table(told)}\n\n{by}\n")
     print(table(told))
 
