@@ -295,7 +295,8 @@ def _loading(name: str, form: Form) -> str:
             f"{name}`",
             "llama.cpp with moefuse's patch | `moefuse export gguf`, where bases are shared",
             "llama.cpp | `moefuse collapse` or `moefuse expand`, then `moefuse export gguf`",
-            "ExLlama, other engines | `moefuse collapse` or `moefuse expand`; not yet tested",
+            "ExLlama | `moefuse collapse`; which families run is in docs/exports.md",
+            "other engines | `moefuse collapse` or `moefuse expand`; not yet tested",
             f"quantisers | `moefuse quantize {name} OUT`, or your own configuration",
         ]
     else:
