@@ -32,6 +32,7 @@ from moefuse.modeling.kernels.triton_pairs import PairLayer, pairs_of, pays
 from moefuse.modeling.kernels.weights import obstacle_of_weights, weights_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 
 
 def _addresses(weights: list[Tensor]) -> Tensor:
@@ -126,13 +127,11 @@ def fused_experts(
     and bias (E, 2F) and down bias (E, D). All of one dtype, contiguous, on one device. ``gating``
     is the kernels' number of it, alpha and limit.
     """
-    tokens, top_k = index_TK.shape
-    hidden, intermediate = down[0].shape
+    number = index_TK.numel()
+    intermediate = down[0].shape[1]
     out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    if tokens == 0:
+    if number == 0:
         return out_TD
-    x_TD = x_TD.contiguous()
-    number = tokens * top_k
     layer = _Layer(
         index_TK.contiguous(),
         weight_TK.contiguous(),
@@ -140,86 +139,121 @@ def fused_experts(
         tiles_for(number, len(down), intermediate, x_TD.dtype),
         "ieee" if x_TD.dtype == torch.float32 else "tf32",
     )
-    scale, bias, down_bias = extras
-    gate_up_a, gate_up_b, down_a, down_b = deltas or (None,) * 4
-    rank, down_rank = (0 if a is None else a.shape[1] for a in (gate_up_a, down_a))
-    few = one_by_one(number, rank)
-    largest = layer.places.largest
-    by_pairs = pays(tokens, top_k, len(down), largest, (down_rank, intermediate))
-    inner_NR = x_TD.new_empty(number, rank) if rank else None
-    if number <= MOST_COUNTED:
-        rows = ordered(layer.index_TK, layer.places, x_TD, gate_up_a if few else None, inner_NR)
+    factors = dict(zip(FACTORS, deltas, strict=True)) if deltas else {}
+    weights = _Weights(gate_up, down, group_of_expert, gating, *extras, **factors)
+    x_TD = x_TD.contiguous()
+    rows, inner_NR = _ordered(layer, weights, x_TD)
+    down_shape = (weights.down_rank, intermediate)
+    by_pairs = pays(*index_TK.shape, layer.groups, layer.places.largest, down_shape)
+    way = _by_pairs if by_pairs else _by_rows
+    way(layer, weights, rows, x_TD, inner_NR, out_TD)
+    return out_TD
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """All weights of a layer, as in ``fused_experts``."""
+
+    gate_up: list[Tensor]
+    down: list[Tensor]
+    group_of_expert: Tensor
+    gating: tuple[int, float, float]
+    scale: Tensor | None
+    bias: Tensor | None
+    down_bias: Tensor | None
+    gate_up_a: Tensor | None = None
+    gate_up_b: Tensor | None = None
+    down_a: Tensor | None = None
+    down_b: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.gate_up_a is None else self.gate_up_a.shape[1]
+
+    @property
+    def down_rank(self) -> int:
+        return 0 if self.down_a is None else self.down_a.shape[1]
+
+
+def _ordered(layer: _Layer, weights: _Weights, x_TD: Tensor) -> tuple[Rows, Tensor | None]:
+    """Order the rows; return what the first factors of gate and up make of them, (N, R), too."""
+    a_ERD, rank = weights.gate_up_a, weights.rank
+    few = one_by_one(layer.rows, rank)
+    inner_NR = x_TD.new_empty(layer.rows, rank) if rank else None
+    if layer.rows <= MOST_COUNTED:
+        rows = ordered(layer.index_TK, layer.places, x_TD, a_ERD if few else None, inner_NR)
     else:
         rows = sorted_rows(layer.index_TK, layer.places)
-    if gate_up_a is not None and inner_NR is not None and not few:
-        layer.inner(x_TD, gate_up_a, rows, shared_by=top_k, into=inner_NR)
-    if by_pairs:
-        _by_pairs(layer, rows, x_TD, group_of_expert, (gate_up, down), inner_NR, deltas,
-                  extras, gating, out_TD)  # fmt: skip
-        return out_TD
+    if a_ERD is not None and inner_NR is not None and not few:
+        layer.inner(x_TD, a_ERD, rows, shared_by=layer.index_TK.shape[1], into=inner_NR)
+    return rows, inner_NR
 
-    z_NF = x_TD.new_empty(number, intermediate)
+
+def _by_rows(
+    layer: _Layer, weights: _Weights, rows: Rows, x_TD: Tensor, inner_NR: Tensor | None,
+    into: Tensor,
+) -> None:  # fmt: skip
+    """Write the fused experts' output into ``into`` (T, D), every row multiplied by its base."""
+    tokens, top_k = layer.index_TK.shape
+    hidden, intermediate = weights.down[0].shape
+    scale, bias, gating = weights.scale, weights.bias, weights.gating
+    z_NF = x_TD.new_empty(layer.rows, intermediate)
     tile = layer.tiles.gate_up
     layer.product(
-        kernels.gate_up, tile, intermediate, rows, x_TD, gate_up,
-        scale, bias, inner_NR, gate_up_b, z_NF,
+        kernels.gate_up, tile, intermediate, rows, x_TD, weights.gate_up,
+        scale, bias, inner_NR, weights.gate_up_b, z_NF,
         layer.groups, hidden, intermediate, top_k, *gating[1:],
-        rank=rank, even=hidden % tile.chunk == 0 and intermediate % tile.columns == 0,
+        rank=weights.rank, even=hidden % tile.chunk == 0 and intermediate % tile.columns == 0,
         SCALE=scale is not None, BIAS=bias is not None, GATING=gating[0],
     )  # fmt: skip
 
-    if down_a is not None:
-        inner_NR = x_TD.new_empty(number, down_rank)
-        if few:
-            layer.inner_by_row(z_NF, down_a, rows, inner_NR)
+    if weights.down_a is not None:
+        inner_NR = x_TD.new_empty(layer.rows, weights.down_rank)
+        if one_by_one(layer.rows, weights.down_rank):
+            layer.inner_by_row(z_NF, weights.down_a, rows, inner_NR)
         else:
-            layer.inner(z_NF, down_a, rows, shared_by=None, into=inner_NR)
-    y_ND = x_TD.new_empty(number, hidden)
+            layer.inner(z_NF, weights.down_a, rows, shared_by=None, into=inner_NR)
+    y_ND = x_TD.new_empty(layer.rows, hidden)
     tile = layer.tiles.down
     layer.product(
-        kernels.down, tile, hidden, rows, z_NF, down,
-        down_bias, inner_NR, down_b, y_ND,
+        kernels.down, tile, hidden, rows, z_NF, weights.down,
+        weights.down_bias, inner_NR, weights.down_b, y_ND,
         layer.groups, hidden, intermediate,
-        rank=down_rank, even=intermediate % tile.chunk == 0 and hidden % tile.columns == 0,
-        BIAS=down_bias is not None,
+        rank=weights.down_rank,
+        even=intermediate % tile.chunk == 0 and hidden % tile.columns == 0,
+        BIAS=weights.down_bias is not None,
     )  # fmt: skip
     columns = min(1024, filled(hidden))
     launch(
         kernels.sum_slots, (tokens, triton.cdiv(hidden, columns)),
-        y_ND, out_TD, hidden, top_k, COLUMNS=columns,
+        y_ND, into, hidden, top_k, COLUMNS=columns,
     )  # fmt: skip
-    return out_TD
 
 
 def _by_pairs(
-    layer: _Layer,
-    rows: Rows,
-    x_TD: Tensor,
-    group_of_expert: Tensor,
-    bases: tuple[list[Tensor], list[Tensor]],
-    inner_NR: Tensor | None,
-    deltas: list[Tensor],
-    extras: tuple[Tensor | None, Tensor | None, Tensor | None],
-    gating: tuple[int, float, float],
+    layer: _Layer, weights: _Weights, rows: Rows, x_TD: Tensor, inner_NR: Tensor | None,
     into: Tensor,
-) -> None:
-    """Write the fused experts' output into ``into``, every pair multiplied once."""
-    gate_up, down = bases
-    _, gate_up_b, down_a, down_b = deltas or (None,) * 4
-    scale, bias, down_bias = extras
+) -> None:  # fmt: skip
+    """Write the same, every (token, group) pair multiplied by its base."""
+    group_of_expert, down_a = weights.group_of_expert, weights.down_a
     by_pairs = PairLayer(
         layer.index_TK, layer.weight_TK, group_of_expert, layer.places, layer.precision
     )
     pairs = pairs_of(layer.index_TK, group_of_expert, layer.groups)
-    base_PH = by_pairs.product(x_TD, pairs.token, pairs, _addresses(gate_up), len(gate_up[0]))
-    z_NF = by_pairs.neurons(base_PH, pairs, rows, inner_NR, gate_up_b, (scale, bias), gating)
+    columns = len(weights.gate_up[0])
+    base_PH = by_pairs.product(x_TD, pairs.token, pairs, _addresses(weights.gate_up), columns)
+    extras = (weights.scale, weights.bias)
+    b_EHR = weights.gate_up_b
+    z_NF = by_pairs.neurons(base_PH, pairs, rows, inner_NR, b_EHR, extras, weights.gating)
+    made_NR = None
     if down_a is not None:
-        inner_NR = x_TD.new_empty(layer.rows, down_a.shape[1])
-        layer.inner(z_NF, down_a, rows, shared_by=1, into=inner_NR)
-    row_P, inner_PW = by_pairs.members(z_NF, inner_NR if down_a is not None else None, pairs)
-    wide = None if inner_PW is None or down_b is None else (inner_PW, down_b)
-    y_PD = by_pairs.product(z_NF, row_P, pairs, _addresses(down), len(down[0]), wide)
-    by_pairs.sums(y_PD, pairs, down_bias, into)
+        made_NR = x_TD.new_empty(layer.rows, weights.down_rank)
+        layer.inner(z_NF, down_a, rows, shared_by=1, into=made_NR)
+    row_P, made_PW = by_pairs.members(z_NF, made_NR, pairs)
+    deltas = None if made_PW is None or weights.down_b is None else (made_PW, weights.down_b)
+    columns = len(weights.down[0])
+    y_PD = by_pairs.product(z_NF, row_P, pairs, _addresses(weights.down), columns, deltas)
+    by_pairs.sums(y_PD, pairs, weights.down_bias, into)
 
 
 def obstacle(module: Any, x_TD: Tensor) -> str | None:
@@ -252,7 +286,6 @@ def _computed(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) ->
         with torch.cuda.device_of(x_TD):
             return triton_coded_path.neuron_experts(module, x_TD, index_TK, weight_TK, gating)
     delta = module.delta
-    factors = ("gate_up_a", "gate_up_b", "down_a", "down_b")
     # Triton launches on the current device, which need not be the weights'.
     with torch.cuda.device_of(x_TD):
         return fused_experts(
@@ -262,7 +295,7 @@ def _computed(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) ->
             [base.gate_up_proj.weight for base in module.bases],
             [base.down_proj.weight for base in module.bases],
             module.group_of_expert,
-            [] if delta is None else [getattr(delta, name) for name in factors],
+            [] if delta is None else [getattr(delta, name) for name in FACTORS],
             (module.scale, module.bias, module.down_bias),
             gating,
         )
