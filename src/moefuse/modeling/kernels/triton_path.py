@@ -127,8 +127,8 @@ def fused_experts(
     and bias (E, 2F) and down bias (E, D). All of one dtype, contiguous, on one device. ``gating``
     is the kernels' number of it, alpha and limit.
     """
-    number = index_TK.numel()
-    intermediate = down[0].shape[1]
+    tokens, top_k = index_TK.shape
+    number, intermediate = tokens * top_k, down[0].shape[1]
     out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     if number == 0:
         return out_TD
@@ -144,7 +144,7 @@ def fused_experts(
     x_TD = x_TD.contiguous()
     rows, inner_NR = _ordered(layer, weights, x_TD)
     down_shape = (weights.down_rank, intermediate)
-    by_pairs = pays(*index_TK.shape, layer.groups, layer.places.largest, down_shape)
+    by_pairs = pays(tokens, top_k, layer.groups, layer.places.largest, down_shape)
     way = _by_pairs if by_pairs else _by_rows
     way(layer, weights, rows, x_TD, inner_NR, out_TD)
     return out_TD
