@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "w4a16, plain": {"scheme": "w4a16", **PLAIN},
     "w4a16": {"scheme": "w4a16", **DATA},
     "w4a16, refit": {"scheme": "w4a16", **REFIT},
+    "w4a16, predictions": {"scheme": "w4a16", **TEXT, "refit": False, "prediction_steps": 120},
+    "w4a16, refit, predictions": {"scheme": "w4a16", **REFIT, "prediction_steps": 120},
     "gptq": {"scheme": "gptq", **DATA},
     "gptq, refit": {"scheme": "gptq", **REFIT},
     "awq": {"scheme": "awq", **DATA},

@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file
 from students import student_of
 
+import moefuse
 from moefuse.artifacts import read_json
 from moefuse.checkpoint.formats.compressed_tensors import FORMAT
 from moefuse.errors import UserError
+from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized.compressed import LAYOUTS, packed
 from moefuse.export.student_reader import StudentReader
+from moefuse.mathematics.divergence import forward_kl
 from moefuse.mathematics.integers import Grid, nearest, with_feedback
 from moefuse.mathematics.lowrank import expected_error
 from moefuse.planning import plan_checkpoint
@@ -109,6 +112,7 @@ def test_every_base_sees_more_tokens_than_an_expert(home: Path, tmp_path: Path) 
     [
         ({"scheme": "awq"}, "--data"),
         ({"scheme": "w4a16", "refit": True}, "--data"),
+        ({"scheme": "w4a16", "prediction_steps": 3}, "--data"),
         ({"scheme": "w3"}, "choose from"),
         ({"scheme": "gptq"}, "--data"),
         ({"scheme": "w4a16", "what": "router"}, "--what"),
@@ -191,3 +195,34 @@ def test_a_budget_goes_further_with_fewer_bits(home: Path) -> None:
 def test_plans_by_schemes_that_cannot_be(home: Path, values: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         plan_checkpoint(home / "deepseek_v2-teacher", values)
+
+
+def test_deltas_learn_what_the_student_predicted(home: Path, tmp_path: Path) -> None:
+    asked = settings(home, "w4a16", refit=False)
+    quantize(home / "student", tmp_path / "plain", asked)
+    quantize(home / "student", tmp_path / "taught", {**asked, "prediction_steps": 80})
+
+    found = {name: load_file(tmp_path / name / "model.safetensors") for name in ("plain", "taught")}
+    student = load_file(home / "student" / "model.safetensors")
+    changed = {n for n, t in found["plain"].items() if not torch.equal(t, found["taught"][n])}
+    assert changed and all(".experts.delta." in n or ".experts.scale" in n for n in changed)
+
+    ids = load_tokenizer(home / "student")((home / "text.txt").read_text())["input_ids"][:256]
+    ids = torch.tensor([ids])
+    before = moefuse.load(home / "student", dtype="float32")
+    with torch.no_grad():
+        wanted_SV = before(ids).logits[0]
+        errors = []
+        for tensors in found.values():
+            after = moefuse.load(home / "student", dtype="float32")
+            config = read_json(tmp_path / "plain" / "config.json")["quantization_config"]
+            own = {name: t for name, t in tensors.items() if name in student}
+            for name in student.keys() - own.keys():
+                stem = name.removesuffix(".weight")
+                parts = {
+                    k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem + ".")
+                }
+                own[name] = FORMAT.unpack(parts, config, tuple(student[name].shape))
+            after.load_state_dict(own, strict=False)
+            errors.append(float(forward_kl(wanted_SV, after(ids).logits[0]).mean()))
+    assert errors[1] < 0.8 * errors[0]

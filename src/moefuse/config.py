@@ -414,6 +414,12 @@ class QuantizeConfig:
         "in schemes of 4 bits]",
     )
     steps: int = setting(120, "Optimiser steps of a layer when refitting.", at_least=1)
+    prediction_steps: int = setting(
+        0,
+        "Optimiser steps in which deltas and scales then learn what the student predicted before "
+        "its bases were rounded; the whole model in memory, twice, in fp32.",
+        at_least=0,
+    )
     seed: int = setting(
         0, "Seed of which tokens a step of refitting sees.", at_least=0, at_most=LARGEST_SEED
     )

@@ -25,6 +25,7 @@ from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.checkpoint.writer import ShardedWriter
 from moefuse.config import DistillConfig, QuantizeConfig, build, parse_bytes
 from moefuse.console import track
+from moefuse.distillation.predictions import learn_predictions
 from moefuse.distillation.rounded import refit_layer
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
@@ -38,7 +39,7 @@ from moefuse.mathematics.activation_aware import input_scales
 from moefuse.mathematics.expert_moments import input_moments
 from moefuse.mathematics.experts import Experts
 from moefuse.mathematics.integers import Grid, Rounded, nearest, with_feedback
-from moefuse.modeling import TRAVELLING_FILE
+from moefuse.modeling import TRAVELLING_FILE, load_fused
 from moefuse.modeling.modeling_moefuse import FusedExperts, gating_of
 from moefuse.places import check_output, check_outside, check_own, size_of
 
@@ -50,6 +51,8 @@ REFIT = DistillConfig(
     code_learning_rate=5e-3,
 )
 """How layers learn to make up for rounding; measured in docs/research.md, section 17."""
+PREDICTIONS = DistillConfig(delta_learning_rate=4e-4, warmup=0.05)
+"""How deltas and scales learn predictions, all at one rate; measured there, too."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class _Job:
         check_own(self.work, OWN_ENTRIES)
         self.tokens: list[tuple[Tensor, Tensor]] = [] if options.data is None else self._text()
         self.seen: list[tuple[Tensor, Tensor]] = []
+        self.weights: dict[str, Tensor] = {}
         self.rounded_bytes = 0
         self.rounded_numbers = 0
 
@@ -157,6 +161,13 @@ class _Job:
         if options.refit and options.data is None:
             raise UserError(
                 "--refit lets a layer learn from text what rounding lost; say with --data which."
+            )
+        if options.prediction_steps and options.data is None:
+            raise UserError("--prediction-steps teach by text; say with --data which.")
+        if options.prediction_steps and self.scheme not in compressed.LAYOUTS:
+            raise UserError(
+                f"--prediction-steps are for schemes that moefuse rounds itself "
+                f"({', '.join(compressed.LAYOUTS)}), not for {self.scheme}."
             )
         wished = options.data is not None and self.scheme in REFITTED
         return wished if options.refit is None else options.refit
@@ -194,8 +205,11 @@ class _Job:
         else:
             assert self.grid is not None
             layout = compressed.LAYOUTS[self.scheme]
+            tensors = self._tensors(store)
+            if self.options.prediction_steps:
+                tensors = self._predicting(dict(tensors))
             with ShardedWriter(partial, self.max_shard_bytes) as writer:
-                for name, tensor in self._tensors(store):
+                for name, tensor in tensors:
                     writer.add(name, tensor)
             stay = [name for name in self.kinds if name not in set(self.names)]
             settings = compressed.settings(layout, self.grid, stay)
@@ -286,6 +300,8 @@ class _Job:
         return found
 
     def _stored(self, name: str, rounded: Rounded) -> Iterator[tuple[str, Tensor]]:
+        if self.options.prediction_steps:
+            self.weights[f"{name}.weight"] = rounded.weight()
         stored = compressed.parts(name, rounded, compressed.LAYOUTS[self.scheme])
         self.rounded_numbers += rounded.codes_OI.numel()
         self.rounded_bytes += sum(tensor.nbytes for tensor in stored.values())
@@ -327,6 +343,32 @@ class _Job:
         )
         dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         return bases, {name: tensor.to(dtypes[name]) for name, tensor in rest.items()}
+
+    def _predicting(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``tensors`` of the quantised student, deltas and scales taught by predictions."""
+        before = load_fused(self.reader.directory, dtype=torch.float32).eval()
+        after = deepcopy(before)
+        state = after.state_dict()
+        known = {name: tensor for name, tensor in tensors.items() if name in state}
+        after.load_state_dict({**known, **self.weights}, strict=False)
+        paths = tuple(f"{self.reader.family.experts_path(n)}." for n in self.reader.shape.layers)
+        names = [
+            name
+            for name, _ in after.named_parameters()
+            if name.startswith(paths) and name in tensors and name not in self.weights
+        ]
+        sequences = [
+            ids_S[mask_S.bool()]
+            for ids, mask in self.tokens
+            for ids_S, mask_S in zip(ids, mask, strict=True)
+        ]
+        options = replace(PREDICTIONS, steps=self.options.prediction_steps)
+        learnt = learn_predictions(
+            before, after, names, sequences, options,
+            seed=self.options.seed, progress=partial(track, description="Learn predictions"),
+        )  # fmt: skip
+        for name, tensor in tensors.items():
+            yield name, learnt[name].to(tensor.dtype) if name in learnt else tensor
 
     def _module(self, layer: int) -> FusedExperts:
         """Read a layer's fused experts, with what joins their gate and up."""
