@@ -51,7 +51,7 @@ REFIT = DistillConfig(
     code_learning_rate=5e-3,
 )
 """How layers learn to make up for rounding; measured in docs/research.md, section 17."""
-PREDICTIONS = DistillConfig(delta_learning_rate=4e-4, warmup=0.05)
+PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, warmup=0.05)
 """How deltas and scales learn predictions, all at one rate; measured there, too."""
 
 
@@ -362,6 +362,8 @@ class _Job:
             for ids, mask in self.tokens
             for ids_S, mask_S in zip(ids, mask, strict=True)
         ]
+        longest = max(map(len, sequences))
+        sequences = [ids_S for ids_S in sequences if len(ids_S) == longest]
         options = replace(PREDICTIONS, steps=self.options.prediction_steps)
         learnt = learn_predictions(
             before, after, names, sequences, options,
