@@ -267,6 +267,36 @@ def gated(gate, up, alpha, limit, GATING: tl.constexpr):
 
 
 @triton.jit
+def multiplied(
+    sums,
+    row,
+    base_row,
+    live,
+    inside,
+    width,
+    CHUNK: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the product of a tile's rows, ``width`` wide, and columns of a base to ``sums`` (M, X).
+
+    ``row`` (M, 1) and ``base_row`` (1, X) are where each begins.
+    """
+    for chunk in range(0, width, CHUNK):
+        part = chunk + tl.arange(0, CHUNK)
+        if EVEN:
+            row_MC = tl.load(row + part[None, :], mask=live[:, None], other=0.0)
+            base_CX = tl.load(base_row + part[:, None])
+        else:
+            fits = part < width
+            row_MC = tl.load(row + part[None, :], mask=live[:, None] & fits[None, :], other=0.0)
+            both = fits[:, None] & inside[None, :]
+            base_CX = tl.load(base_row + part[:, None], mask=both, other=0.0)
+        sums = tl.dot(row_MC, base_CX, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def gate_up(  # noqa: PLR0915
     x,
     table,
@@ -408,17 +438,7 @@ def down(
     z_row = z + position.to(tl.int64)[:, None] * intermediate
     base_row = base + column.to(tl.int64)[None, :] * intermediate
     y_MX = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for chunk in range(0, intermediate, CHUNK):
-        part = chunk + tl.arange(0, CHUNK)
-        if EVEN:
-            z_MC = tl.load(z_row + part[None, :], mask=live[:, None], other=0.0)
-            base_CX = tl.load(base_row + part[:, None])
-        else:
-            fits = part < intermediate
-            z_MC = tl.load(z_row + part[None, :], mask=live[:, None] & fits[None, :], other=0.0)
-            both = fits[:, None] & inside[None, :]
-            base_CX = tl.load(base_row + part[:, None], mask=both, other=0.0)
-        y_MX = tl.dot(z_MC, base_CX, y_MX, input_precision=PRECISION)
+    y_MX = multiplied(y_MX, z_row, base_row, live, inside, intermediate, CHUNK, EVEN, PRECISION)
 
     valid = live[:, None] & inside[None, :]
     expert = tl.load(index + row, mask=live, other=0)

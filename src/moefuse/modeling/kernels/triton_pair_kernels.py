@@ -12,6 +12,7 @@ from moefuse.modeling.kernels.triton_kernels import (
     _inner_of_tile,
     _lanes,
     gated,
+    multiplied,
     tile_of_rows,
 )
 
@@ -63,17 +64,7 @@ def product_of_pairs(
     row = source + place.to(tl.int64)[:, None] * width
     base_row = base + column.to(tl.int64)[None, :] * width
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for chunk in range(0, width, CHUNK):
-        part = chunk + tl.arange(0, CHUNK)
-        if EVEN:
-            row_MC = tl.load(row + part[None, :], mask=live[:, None], other=0.0)
-            base_CX = tl.load(base_row + part[:, None])
-        else:
-            fits = part < width
-            row_MC = tl.load(row + part[None, :], mask=live[:, None] & fits[None, :], other=0.0)
-            both = fits[:, None] & inside[None, :]
-            base_CX = tl.load(base_row + part[:, None], mask=both, other=0.0)
-        sums = tl.dot(row_MC, base_CX, sums, input_precision=PRECISION)
+    sums = multiplied(sums, row, base_row, live, inside, width, CHUNK, EVEN, PRECISION)
     if RANK > 0:
         begin = tl.load(groups_first + group)
         after = tl.load(groups_first + group + 1)
