@@ -304,14 +304,43 @@ def test_one_batched_product_is_those_of_one_expert_after_another(rows: list[int
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("rows", [7, 8, 15, 16])
-def test_few_rows_give_what_the_linear_layer_does_and_no_more(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 15, 31, 32])
+@pytest.mark.parametrize("watched", [False, True])
+def test_few_rows_give_what_the_linear_layer_does(rows: int, watched: bool) -> None:
     linear, x_PI = torch.nn.Linear(40, 24, bias=False), torch.randn(rows, 40)
     seen: list[int] = []
-    linear.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    if watched:
+        linear.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
 
     with torch.no_grad():
         y_PO = of_few_rows(linear, x_PI)
 
-    assert seen == [16 if rows in (8, 15) else rows]
+    assert seen == [rows] * watched
     assert_close(y_PO, x_PI @ linear.weight.T)
+
+
+@pytest.mark.parametrize("what", ["nothing", "bias", "forward", "subclass", "half", "parameter"])
+def test_few_rows_of_what_is_more_than_its_weight_are_given_to_the_layer(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = torch.nn.Linear(40, 24, bias=what == "bias")
+    calls: list[int] = []
+
+    def forward(layer: torch.nn.Linear, x_PI: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x_PI))
+        return torch.nn.functional.linear(x_PI.to(layer.weight.dtype), layer.weight, layer.bias)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    if what == "forward":
+        linear.forward = lambda x_PI: forward(linear, x_PI)  # type: ignore[method-assign]
+    if what == "half":
+        linear = linear.half()
+    if what == "subclass":
+        linear.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    if what == "parameter":
+        linear.weight.__class__ = type("Packed", (torch.nn.Parameter,), {})
+
+    with torch.no_grad():
+        of_few_rows(linear, torch.randn(3, 40))
+
+    assert calls == ([] if what == "nothing" else [3])
