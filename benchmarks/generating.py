@@ -5,7 +5,7 @@ time that trained weights take; random routers spread tokens evenly. Transformer
 writes new tokens after a prompt, greedily, for batches of several sizes: with a dynamic cache, and
 with a static one, which compiles the model. The original runs with its fastest experts
 implementation. Each model has a process of its own; both do everything once, which is when they
-compile, at the same time, and are then timed one after the other. Device memory is what was most
+compile, at the same time, and are then timed in turn, cell by cell. Device memory is what was most
 held by a process the first time, after the model was made.
 
     python benchmarks/generating.py --device cuda
@@ -34,7 +34,7 @@ from moefuse.modeling import fused_classes
 GROUPS, RANK = 8, 8
 FUSED, ORIGINAL = "fused", "original"
 PROMPT_TOKENS = 32
-REPEATS = 3
+REPEATS = 5
 READY = "ready"
 LITE: dict[str, Any] = {
     "vocab_size": 102400,
@@ -96,7 +96,7 @@ def generated(model: PreTrainedModel, batch: int, new_tokens: int, *, static: bo
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Measure one model: do everything once, wait for a line of input, print a line a cell."""
+    """Measure one model: do everything once, then a cell for every line of input."""
     model = make_model(given.model, given.layers, given.device)
     parameters = sum(p.numel() for p in model.parameters())
     cuda = torch.device(given.device).type == "cuda"
@@ -109,8 +109,7 @@ def measure(given: argparse.Namespace) -> None:
         held[static, batch] = torch.cuda.max_memory_allocated() if cuda else None
         print(f"{given.model}, batch {batch}, static {static}: {spent:.0f} s at first", flush=True)
     print(READY, flush=True)
-    sys.stdin.readline()
-    for static, batch in sizes:
+    for (static, batch), _ in zip(sizes, sys.stdin, strict=False):
         spent = [
             generated(model, batch, given.new_tokens, static=static) for _ in range(1 + REPEATS)
         ][1:]
@@ -124,6 +123,7 @@ def measure(given: argparse.Namespace) -> None:
             "device_bytes": held[static, batch],
         }
         print(json.dumps(cell), flush=True)
+        print(READY, flush=True)
 
 
 def started(name: str, given: argparse.Namespace) -> subprocess.Popen:
@@ -135,14 +135,15 @@ def started(name: str, given: argparse.Namespace) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
 
-def lines_until(process: subprocess.Popen, last: str | None) -> Iterator[str]:
-    """Yield what a process prints, showing it, until it has printed ``last`` or ended."""
+def lines_until(process: subprocess.Popen, last: str) -> Iterator[str]:
+    """Yield what a process prints, showing it, until it has printed ``last`` or has ended."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.rstrip() == last:
             return
         print(line, end="", flush=True)
         yield line
+    process.wait()
 
 
 def of_models(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -151,12 +152,13 @@ def of_models(given: argparse.Namespace) -> list[dict[str, Any]]:
     for process in processes.values():
         deque(lines_until(process, READY), maxlen=0)
     cells = []
-    for name, process in processes.items():
+    for process in [*processes.values()] * 2 * len(given.batches):
         if process.poll() is None:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        cells += [json.loads(line) for line in lines_until(process, None) if line[0] == "{"]
+        cells += [json.loads(line) for line in lines_until(process, READY) if line[0] == "{"]
+    for name, process in processes.items():
         if process.wait():
             print(f"{name}: ended with status {process.returncode}")
     return cells

@@ -14,7 +14,7 @@ from triton_ways import DEVICE, DTYPES, by_triton, poisoned, triton_forward  # n
 
 from moefuse.errors import UserError
 from moefuse.modeling import kernels
-from moefuse.modeling.kernels import tiles, triton_coded_path
+from moefuse.modeling.kernels import repeating, tiles, triton_coded_path
 from moefuse.modeling.naive import naive_neurons
 from moefuse.modeling.training import TrainedNeuronExperts
 
@@ -87,6 +87,7 @@ def test_gatings(gating: Any) -> None:
 def test_however_rows_are_ordered_and_neurons_split_the_output_is_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(repeating, "MOST_ROWS", 0)
     sizes = replace(SOME, most=20, tokens=4)
     module, _ = random_layer(sizes)
     call = random_call(sizes)

@@ -26,7 +26,7 @@ from moefuse.modeling.kernels.installed import INSTALLED, INTERPRETED
 SETTINGS = ("auto", "triton", "grouped", "plain")
 
 if INSTALLED or TYPE_CHECKING:
-    from moefuse.modeling.kernels import triton_path
+    from moefuse.modeling.kernels import repeating, triton_path
 
 
 def use(setting: str) -> None:
@@ -57,6 +57,10 @@ def offered(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> T
     """
     if _setting == "plain" or (_setting == "auto" and not x_TD.is_cuda):
         return None
+    if INSTALLED and _setting != "grouped" and _without_gradients_or_casts(x_TD):
+        y_TD = repeating.repeated(module, (x_TD, index_TK, weight_TK))
+        if y_TD is not None:
+            return y_TD
     wanted = _wants_gradients(module, x_TD, weight_TK)
     way = _setting
     if way == "auto":
@@ -71,6 +75,10 @@ def offered(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> T
     if way == "grouped":
         return grouped_path.forward(module, x_TD, index_TK, weight_TK)  # type: ignore[reportCallIssue]
     return triton_path.forward(module, x_TD, index_TK, weight_TK, with_gradients=wanted)
+
+
+def _without_gradients_or_casts(x_TD: Tensor) -> bool:
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_TD.device.type)
 
 
 def _wants_gradients(module: Any, *given: Tensor) -> bool:

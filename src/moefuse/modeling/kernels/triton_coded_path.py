@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moefuse.modeling.kernels import triton_coded_kernels as kernels
+from moefuse.modeling.kernels.launching import launch, temporary
 from moefuse.modeling.kernels.tiles import MOST_SPLITS, CodedTiles, coded_tiles_for
 from moefuse.modeling.kernels.triton_order import (
     MOST_COUNTED,
     Places,
     filled,
-    launch,
     ordered,
     sorted_rows,
     table,
@@ -252,13 +252,13 @@ class _Call:
         if all(vector == full for vector, full, _, _ in kinds):
             return self.x_TD
         size = len(kinds) * kernels.ENTRIES.value * kernels.WIDEST.value
-        tables = self.x_TD.new_empty(size)
+        tables = temporary(self.x_TD, size)
         launch(kernels.fill_codebooks, (len(kinds),), self.neurons.addresses, tables, KINDS=kinds)
         return tables
 
     def values(self, gating: tuple[int, float, float], *, biased: bool) -> Tensor:
         """Return the weighted values of all rows' neurons, (rows, blocks * neurons), in order."""
-        z_NO = self.x_TD.new_empty(self.all_rows, self.z_width)
+        z_NO = temporary(self.x_TD, self.all_rows, self.z_width)
         tiles = self.tiles
         launch(
             kernels.neurons, (self.plan.blocks, self.row_tiles),
@@ -282,7 +282,7 @@ class _Call:
             filled(triton.cdiv(tiles.programs, busy)), MOST_SPLITS, filled(self.plan.blocks)
         )
         pieces = len(steps) * splits
-        y_PND = self.x_TD.new_empty(pieces, self.all_rows, width, dtype=self.piece_dtype)
+        y_PND = temporary(self.x_TD, pieces, self.all_rows, width, dtype=self.piece_dtype)
         launch(
             kernels.down, (columns * pieces, self.row_tiles),
             z_NO, self.rows.order, self.rows.start, self.plan.places.every, self.plan.spans,

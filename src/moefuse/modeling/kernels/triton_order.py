@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moefuse.modeling.kernels import triton_kernels as kernels
+from moefuse.modeling.kernels.launching import beside_launches, launch, temporary
 
 FEW = 256
 """Up to how many rows a row's inner values have more warps and fewer numbers at once."""
@@ -83,8 +84,8 @@ def ordered(
 ) -> Rows:
     """Order the rows by counting; write what the deltas make of ``x_TD`` beside it."""
     number, experts = index_TK.numel(), len(places.expert)
-    order = torch.empty(number, dtype=torch.int32, device=x_TD.device)
-    start = torch.empty(experts + 1, dtype=torch.int32, device=x_TD.device)
+    order = temporary(x_TD, number, dtype=torch.int32)
+    start = temporary(x_TD, experts + 1, dtype=torch.int32)
     blocks = triton.cdiv(number, BLOCK) + triton.cdiv(experts + 1, BLOCK)
     rank = 0 if a_ERI is None else a_ERI.shape[1]
     launch(
@@ -99,6 +100,7 @@ def ordered(
 
 def sorted_rows(index_TK: Tensor, places: Places) -> Rows:
     """Order the rows by sorting, which is faster for many."""
+    beside_launches()
     place_N = places.sortable[index_TK.reshape(-1)]
     place_N, order = place_N.sort(stable=True)
     start = torch.searchsorted(place_N.int(), places.every)
@@ -109,11 +111,6 @@ def sorted_rows(index_TK: Tensor, places: Places) -> Rows:
 def table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Return numbers, most of them addresses, as int64 on ``device``; remembered."""
     return torch.tensor(addresses, dtype=torch.int64, device=device)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel, of which type checkers know nothing."""
-    kernel[grid](*arguments, **constants)
 
 
 def filled(number: int, least: int = 1) -> int:

@@ -13,8 +13,9 @@ import triton
 from torch import Tensor
 
 from moefuse.modeling.kernels import triton_pair_kernels as kernels
+from moefuse.modeling.kernels.launching import beside_launches, launch
 from moefuse.modeling.kernels.tiles import MANY_ROWS, PairTiles, pair_tiles_for
-from moefuse.modeling.kernels.triton_order import Places, Rows, filled, launch
+from moefuse.modeling.kernels.triton_order import Places, Rows, filled
 
 MOST_SHARE = 0.85
 """Pairs for every row up to which numbering them pays."""
@@ -48,6 +49,7 @@ class Pairs:
 
 def pairs_of(index_TK: Tensor, group_of_expert: Tensor, groups: int) -> Pairs:
     """Number the pairs of a routing."""
+    beside_launches()
     tokens, top_k = index_TK.shape
     token_T = torch.arange(tokens, device=index_TK.device)
     at_TK = group_of_expert[index_TK] * tokens + token_T[:, None]

@@ -11,16 +11,16 @@ import torch
 import triton
 from torch import Tensor
 
-from moefuse.modeling.kernels import triton_coded_path
+from moefuse.modeling.kernels import repeating, triton_coded_path
 from moefuse.modeling.kernels import triton_kernels as kernels
 from moefuse.modeling.kernels.gatings import number_of
+from moefuse.modeling.kernels.launching import launch, temporary
 from moefuse.modeling.kernels.tiles import Product, Tiles, tiles_for
 from moefuse.modeling.kernels.triton_order import (
     MOST_COUNTED,
     Places,
     Rows,
     filled,
-    launch,
     one_by_one,
     ordered,
     places_of,
@@ -179,7 +179,7 @@ def _ordered(layer: _Layer, weights: _Weights, x_TD: Tensor) -> tuple[Rows, Tens
     """Order the rows; return what the first factors of gate and up make of them, (N, R), too."""
     a_ERD, rank = weights.gate_up_a, weights.rank
     few = one_by_one(layer.rows, rank)
-    inner_NR = x_TD.new_empty(layer.rows, rank) if rank else None
+    inner_NR = temporary(x_TD, layer.rows, rank) if rank else None
     if layer.rows <= MOST_COUNTED:
         rows = ordered(layer.index_TK, layer.places, x_TD, a_ERD if few else None, inner_NR)
     else:
@@ -197,7 +197,7 @@ def _by_rows(
     tokens, top_k = layer.index_TK.shape
     hidden, intermediate = weights.down[0].shape
     scale, bias, gating = weights.scale, weights.bias, weights.gating
-    z_NF = x_TD.new_empty(layer.rows, intermediate)
+    z_NF = temporary(x_TD, layer.rows, intermediate)
     tile = layer.tiles.gate_up
     layer.product(
         kernels.gate_up, tile, intermediate, rows, x_TD, weights.gate_up,
@@ -208,12 +208,12 @@ def _by_rows(
     )  # fmt: skip
 
     if weights.down_a is not None:
-        inner_NR = x_TD.new_empty(layer.rows, weights.down_rank)
+        inner_NR = temporary(x_TD, layer.rows, weights.down_rank)
         if one_by_one(layer.rows, weights.down_rank):
             layer.inner_by_row(z_NF, weights.down_a, rows, inner_NR)
         else:
             layer.inner(z_NF, weights.down_a, rows, shared_by=None, into=inner_NR)
-    y_ND = x_TD.new_empty(layer.rows, hidden)
+    y_ND = temporary(x_TD, layer.rows, hidden)
     tile = layer.tiles.down
     layer.product(
         kernels.down, tile, hidden, rows, z_NF, weights.down,
@@ -247,7 +247,7 @@ def _by_pairs(
     z_NF = by_pairs.neurons(base_PH, pairs, rows, inner_NR, b_EHR, extras, weights.gating)
     made_NR = None
     if down_a is not None:
-        made_NR = x_TD.new_empty(layer.rows, weights.down_rank)
+        made_NR = temporary(x_TD, layer.rows, weights.down_rank)
         layer.inner(z_NF, down_a, rows, shared_by=1, into=made_NR)
     row_P, made_PW = by_pairs.members(z_NF, made_NR, pairs)
     deltas = None if made_PW is None or weights.down_b is None else (made_PW, weights.down_b)
@@ -353,4 +353,4 @@ def forward(
     if with_gradients:
         weights = module.parameters()
         return _WithGradients.apply(module, index_TK, x_TD, weight_TK, *weights)  # type: ignore[return-value]
-    return _computed(module, x_TD, index_TK, weight_TK)
+    return repeating.computed(module, (x_TD, index_TK, weight_TK), _computed)

@@ -37,6 +37,8 @@ def obstacle_of_weights(module: Any, x_TD: Tensor, *, casts: bool = False) -> st
         return f"a base is a {type(strange).__name__}, not a plain nn.Linear"
     dtype, device = x_TD.dtype, x_TD.device
     for weight in weights_of(module):
+        if type(weight) not in (Tensor, nn.Parameter):
+            return f"a weight is a {type(weight).__name__}, not a plain tensor"
         if weight.device != device or not (casts or weight.dtype == dtype):
             return f"weights are {weight.dtype} on {weight.device}, the input is not"
     return None
