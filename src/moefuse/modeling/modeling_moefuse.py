@@ -176,7 +176,8 @@ def of_few_rows(linear: nn.Module, x_PI: Tensor) -> Tensor:
         return linear(x_PI)
     if not is_plain_linear(linear) or torch.is_autocast_enabled("cpu"):
         return linear(x_PI)
-    return (linear.weight @ x_PI.T.contiguous()).T
+    weight: Any = linear.weight
+    return (weight @ x_PI.T.contiguous()).T
 
 
 def is_plain_linear(module: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
@@ -185,11 +186,7 @@ def is_plain_linear(module: nn.Module, dtype: torch.dtype = torch.float32) -> bo
     if type(module) is not nn.Linear or watched or module.bias is not None:
         return False
     weight = module.weight
-    return (
-        type(weight) is nn.Parameter
-        and type(weight.data) is Tensor
-        and weight.dtype == dtype
-    )
+    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype == dtype
 
 
 def weight_of_experts(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Which way the fused experts are computed: by Triton's kernels, by grouped products, a CPU's, or plainly.
+"""Which way the fused experts are computed: by Triton, grouped products, a CPU's way, or plainly.
 
 ``MOEFUSE_KERNELS`` in the environment, or ``use``, says which:
 
 - ``auto`` (default): on a GPU, where they can, Triton if no gradient is wanted and grouped products
-  if one is (bfloat16, from Hopper on); on a CPU the CPU's way if no gradient is wanted; else plainly.
+  if one is (bfloat16, from Hopper on); on a CPU its own way if no gradient is wanted; else plainly.
 - ``triton``: Triton or an error that says why not. Gradients are those of the plain way, which is
   computed anew for them.
 - ``grouped``: PyTorch's grouped products, with gradients, or an error that says why not.
