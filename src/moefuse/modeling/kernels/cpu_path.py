@@ -26,9 +26,9 @@ from moefuse.modeling.modeling_moefuse import (
     weight_of_experts,
 )
 
-FEWEST_ROWS = 10
-"""From how many rows for each expert fp32 is computed expert by expert: 128 tokens of
-DeepSeek-Coder-V2-Lite's shapes, 12 each, took 64 ms so and 72 plainly, 64 tokens 55 and 52."""
+FEWEST_ROWS = 14
+"""From how many rows for each expert fp32 is computed expert by expert. With 9, 12 and 18 of them
+DeepSeek-Coder-V2-Lite's shapes took 64, 69 and 88 ms so, and 59, 67 and 105 plainly."""
 FEWEST_HALF_ROWS = 40
 """The same for bf16 and fp16, whose products take longer: 212 and 204 ms with 12 rows in bf16."""
 
