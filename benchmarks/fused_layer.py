@@ -1,10 +1,11 @@
 """How fast one fused layer runs: beside the original layer, a dense layer, and what must move.
 
-All in one run: the fused layer by Triton's kernels and by PyTorch alone; the original layer by each
-of Transformers' experts implementations; a dense layer of as many bytes as the fused one holds; and
-the floor, the greater of the bytes that must be read and written over the measured copy bandwidth,
-and of the operations that must be done over the measured matrix rate. Weights are random. Routing
-is that of the bundled teacher's router on held-out text (64 experts, top-6), or uniform.
+All in one run: the fused layer by Triton's kernels or a CPU's own way, and by PyTorch alone; the
+original layer by each of Transformers' experts implementations; a dense layer of as many bytes as
+the fused one holds; and the floor, the greater of the bytes that must be read and written over the
+measured copy bandwidth, and of the operations that must be done over the measured matrix rate.
+Weights are random. Routing is that of the bundled teacher's router on held-out text (64 experts,
+top-6), or uniform.
 
 On a GPU whatever can be captured is timed as a CUDA graph that calls several copies of the layer in
 turn, as a model's layers follow each other, so that no weight is found in the cache; what waits for
@@ -308,6 +309,8 @@ def measure(
         raise SystemExit("moefuse is not installed here, so its kernels are not found.")
     if clock.cuda:
         ways["fused, Triton"] = fused_way("triton")
+    elif not cell.packed:
+        ways["fused, CPU"] = fused_way("cpu")
     ways["fused, PyTorch"] = fused_way("plain")
     gathered = call[1].numel() * sum(p[0].nbytes for p in original.parameters())
     for name in ORIGINALS:

@@ -161,35 +161,32 @@ def padded_linear(x_NI: Tensor, weight_EOI: Tensor, rows_per_expert: list[int]) 
     return y_ECO.flatten(0, 1).index_select(0, place_N)
 
 
-FEW_ROWS = range(2, 32)
+FEW_ROWS = range(4, 32)
 
 
 def of_few_rows(linear: nn.Module, x_PI: Tensor) -> Tensor:
     """Apply a linear layer to rows, the other way round where fp32 rows on a CPU are few.
 
     ``(W x^T)^T`` and ``x W^T`` are one product, but MKL was seen to take 1.5 and 3.3 ms for them
-    with a base of 2816 x 2048 and 15 rows, 1.8 and 2.0 with 20. A layer that is more than its
-    weight (quantised, adapted, offloaded or watched by hooks) is called as it is.
+    with a base of 2816 x 2048 and 15 rows, 1.8 and 2.0 with 20, 1.5 and 0.9 with 3. A layer that is
+    more than its weight (quantised, adapted, offloaded or watched by hooks) is called as it is.
     """
     on_cpu = x_PI.device.type == "cpu" and x_PI.dtype == torch.float32
     if torch.is_grad_enabled() or not on_cpu or len(x_PI) not in FEW_ROWS:
         return linear(x_PI)
     if not is_plain_linear(linear) or torch.is_autocast_enabled("cpu"):
         return linear(x_PI)
-    return (linear.weight @ x_PI.T.contiguous()).T
+    weight: Any = linear.weight
+    return (weight @ x_PI.T.contiguous()).T
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Tell whether calling ``module`` does no more than to multiply by its fp32 weight."""
+def is_plain_linear(module: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
+    """Tell whether calling ``module`` does no more than to multiply by its weight of ``dtype``."""
     watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     if type(module) is not nn.Linear or watched or module.bias is not None:
         return False
     weight = module.weight
-    return (
-        type(weight) is nn.Parameter
-        and type(weight.data) is Tensor
-        and weight.dtype == torch.float32
-    )
+    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype == dtype
 
 
 def weight_of_experts(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Tensor:
@@ -370,7 +367,7 @@ class FusedExperts(OpaqueExperts):
         rows_per_expert = torch.bincount(expert_N, minlength=self.num_experts).tolist()
         group_N = self.group_of_expert[expert_N]
 
-        pair_N, token_P, pairs_per_group = self._pairs(group_N, token_N, tokens)
+        pair_N, token_P, pairs_per_group = self.pairs(group_N, token_N, tokens)
         x_PD = hidden_states.index_select(0, token_P)
         base_PF = self._bases(x_PD, pairs_per_group, "gate_up_proj")
         h_NF = base_PF.index_select(0, pair_N)
@@ -396,7 +393,7 @@ class FusedExperts(OpaqueExperts):
             y_TD = y_TD + weight_TE @ self.down_bias.float()
         return y_TD.to(hidden_states.dtype)
 
-    def _pairs(
+    def pairs(
         self, group_N: Tensor, token_N: Tensor, tokens: int
     ) -> tuple[Tensor, Tensor, list[int]]:
         """List the (token, group) pairs that occur, sorted by group.
@@ -550,7 +547,7 @@ class MultiplexedExperts(FusedExperts):
         token_N = order_N // top_k
         rows_per_expert = torch.bincount(expert_N, minlength=self.num_experts).tolist()
         group_N = self.group_of_expert[expert_N]
-        pair_N, token_P, pairs_per_group = self._pairs(group_N, token_N, tokens)
+        pair_N, token_P, pairs_per_group = self.pairs(group_N, token_N, tokens)
         weight_N = top_k_weights.reshape(-1).index_select(0, order_N)
         rows = ChosenMembers(
             expert_N, pair_N, weight_N, rows_per_expert, pairs_per_group, self.least

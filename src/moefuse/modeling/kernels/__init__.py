@@ -1,12 +1,13 @@
-"""Which way the fused experts are computed: by Triton's kernels, by grouped products, or plainly.
+"""Which way the fused experts are computed: by Triton, grouped products, a CPU's way, or plainly.
 
 ``MOEFUSE_KERNELS`` in the environment, or ``use``, says which:
 
 - ``auto`` (default): on a GPU, where they can, Triton if no gradient is wanted and grouped products
-  if one is (bfloat16, from Hopper on); else plainly.
+  if one is (bfloat16, from Hopper on); on a CPU its own way if no gradient is wanted; else plainly.
 - ``triton``: Triton or an error that says why not. Gradients are those of the plain way, which is
   computed anew for them.
 - ``grouped``: PyTorch's grouped products, with gradients, or an error that says why not.
+- ``cpu``: the CPU's way, without gradients, or an error that says why not.
 - ``plain``: PyTorch alone, as a checkpoint's own file has it.
 
 ``offered`` is this package's entry point ``moefuse.kernels``, by which the modelling file of a
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 from moefuse.errors import UserError
-from moefuse.modeling.kernels import grouped_path
+from moefuse.modeling.kernels import cpu_path, grouped_path
 from moefuse.modeling.kernels.installed import INSTALLED, INTERPRETED
 
-SETTINGS = ("auto", "triton", "grouped", "plain")
+SETTINGS = ("auto", "triton", "grouped", "cpu", "plain")
 
 if INSTALLED or TYPE_CHECKING:
     from moefuse.modeling.kernels import repeating, triton_path
@@ -53,32 +54,49 @@ def obstacle(module: Any, x_TD: Tensor) -> str | None:
 def offered(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor | None:
     """Return the fused experts' output, (T, D), or None where the plain way is the way.
 
-    Raises ``UserError`` where Triton or grouped products are asked for and cannot be had.
+    Raises ``UserError`` where a way is asked for by name and cannot be had.
     """
-    if _setting == "plain" or (_setting == "auto" and not x_TD.is_cuda):
+    if _setting == "plain":
         return None
-    if INSTALLED and _setting != "grouped" and _without_gradients_or_casts(x_TD):
+    if INSTALLED and _setting in ("auto", "triton") and _without_gradients_or_casts(x_TD):
         y_TD = repeating.repeated(module, (x_TD, index_TK, weight_TK))
         if y_TD is not None:
             return y_TD
     wanted = _wants_gradients(module, x_TD, weight_TK)
-    way = _setting
-    if way == "auto":
-        way = "grouped" if wanted else "triton"
-        if wanted and not grouped_path.pays(x_TD):
-            return None
-    why_not = grouped_path.obstacle(module, x_TD) if way == "grouped" else obstacle(module, x_TD)
+    way = _best_way(x_TD, wanted=wanted) if _setting == "auto" else _setting
+    if way == "plain":
+        return None
+    why_not = _obstacle(way, module, x_TD, wanted=wanted)
     if why_not is not None:
         if _setting == "auto":
             return None
         raise UserError(f"MOEFUSE_KERNELS is '{_setting}', but {why_not}.")
     if way == "grouped":
         return grouped_path.forward(module, x_TD, index_TK, weight_TK)  # type: ignore[reportCallIssue]
+    if way == "cpu":
+        return cpu_path.forward(module, x_TD, index_TK, weight_TK)  # type: ignore[reportCallIssue]
     return triton_path.forward(module, x_TD, index_TK, weight_TK, with_gradients=wanted)
 
 
 def _without_gradients_or_casts(x_TD: Tensor) -> bool:
     return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_TD.device.type)
+
+
+def _best_way(x_TD: Tensor, *, wanted: bool) -> str:
+    """Name the way that ``auto`` takes if nothing is in its way; ``wanted``: gradients."""
+    if x_TD.is_cuda:
+        if not wanted:
+            return "triton"
+        return "grouped" if grouped_path.pays(x_TD) else "plain"
+    return "cpu" if x_TD.device.type == "cpu" and not wanted else "plain"
+
+
+def _obstacle(way: str, module: Any, x_TD: Tensor, *, wanted: bool) -> str | None:
+    if way == "grouped":
+        return grouped_path.obstacle(module, x_TD)
+    if way == "cpu":
+        return "gradients are wanted" if wanted else cpu_path.obstacle(module, x_TD)
+    return obstacle(module, x_TD)
 
 
 def _wants_gradients(module: Any, *given: Tensor) -> bool:
