@@ -304,9 +304,7 @@ def test_bad_input(
         assert words in ran.err
 
 
-def test_kinds_of_the_engines_own_need_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_kinds_of_the_engines_own_need_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     save_tiny(tmp_path / "plain", "olmoe")
     with pytest.raises(UserError, match=r"moefuse\[llama-cpp\].*F32, F16, BF16 or Q8_0\.$"):
@@ -319,7 +317,7 @@ def test_an_unknown_kind_is_told_as_unknown_without_the_engine(
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     save_tiny(tmp_path / "plain", "olmoe")
-    with pytest.raises(UserError, match="is unknown; choose auto, F32, .*Q4_K_M") as told:
+    with pytest.raises(UserError, match=r"is unknown; choose auto, F32, .*Q4_K_M") as told:
         export_gguf(tmp_path / "plain", tmp_path / "out.gguf", quant=quant)
     assert "install" not in str(told.value)
     assert "GUESSED" not in str(told.value).partition(";")[2]
