@@ -223,12 +223,19 @@ def test_what_was_learnt_is_told(home: Path, tmp_path: Path) -> None:
     assert "Errors of bases were weighed on it." in told(result)[0]
 
 
-def test_layers_that_did_not_improve_are_counted(home: Path, tmp_path: Path) -> None:
-    result = quantize(home / "student", tmp_path / "out", settings(home, "w8a8", refit=True))
+def test_what_learning_did_not_gain_is_told(home: Path, tmp_path: Path) -> None:
+    values = settings(home, "w8a8", refit=True, prediction_steps=1)
+    result = quantize(home / "student", tmp_path / "out", values)
 
-    assert result.refit is not None
-    result = replace(result, refit=replace(result.refit, improved=0, layers=2))
-    assert "2 of these layers did not improve and stayed as they were rounded" in told(result)[1]
+    assert result.refit is not None and result.predictions is not None
+    worse = replace(
+        result,
+        refit=replace(result.refit, improved=0, layers=2),
+        predictions=replace(result.predictions, before=0.1, after=0.2),
+    )
+    printed = " ".join(render_quantized(worse).split())
+    assert "2 of these layers did not improve and stayed as they were rounded" in printed
+    assert "sequences of the text that they learnt from, no gain by this measure" in printed
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,14 @@ def _refit_told(refit: Refit) -> str:
 
 
 def _predictions_told(predictions: Predictions) -> str:
+    gained = predictions.after < predictions.before
     return (
         f"By {predictions.steps} steps over the whole model, {predictions.learnt} learnt to "
         "predict what the student predicted before rounding. KL(student || this) went from "
         f"{predictions.before:.5f} to {predictions.after:.5f} nats a token on "
-        f"{predictions.sequences} sequences of the text that they learnt from; 'moefuse eval' "
-        "measures it on other text."
+        f"{predictions.sequences} sequences of the text that they learnt from"
+        f"{'' if gained else ', no gain by this measure'}; 'moefuse eval' measures it on other "
+        "text."
     )
 
 
