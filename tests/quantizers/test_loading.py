@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ TOO_SLOW = ('QuantoConfig(weights="int4")',)
 def test_a_user_s_own_route_touches_the_bases_and_is_saved(
     home: Path, tmp_path: Path, made: str, kind: str
 ) -> None:
-    found = loaded(home / "student", made, tmp_path / "again")
+    # The tiny student has rows of 16 numbers.
+    found = loaded(home / "student", made.replace("(32)", "(16)"), tmp_path / "again")
 
     assert kind in found["kinds"]
     assert found["again"] == found["tokens"]
@@ -125,6 +127,9 @@ def test_a_user_s_own_route_touches_the_bases_and_is_saved(
 
 @pytest.mark.parametrize(("made", "words"), FAILING.items())
 def test_a_route_that_fails_says_so(home: Path, made: str, words: str) -> None:
+    if "Hqq" in made and find_spec("hqq") is None:
+        pytest.skip("hqq is not installed")
+
     ran = run(home / "student", made)
 
     assert ran.returncode != 0
