@@ -85,7 +85,7 @@ $(QUANT)/installed: pyproject.toml
 	$(PYTHON) -m venv $(QUANT)
 	$(QUANT)/bin/python -m pip install --quiet $(TORCH)
 	$(QUANT)/bin/python -m pip install --quiet --editable '.[quantized,nf4,torchao]'
-	$(QUANT)/bin/python -m pip install --quiet optimum-quanto==0.2.7 pytest pytest-timeout
+	$(QUANT)/bin/python -m pip install --quiet optimum-quanto==0.2.7 hqq==0.2.8.post1 pytest pytest-timeout
 	touch $@
 
 # Quantised students loaded by those libraries; no part of make test.

@@ -1,6 +1,7 @@
 """Students in the formats of quantisers: what is stored, what it stands for, what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ from safetensors.torch import load_file
 from students import student_of
 
 import moefuse
+from moefuse import corpus
 from moefuse.artifacts import read_json
 from moefuse.checkpoint.formats.compressed_tensors import FORMAT
+from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.config import QuantizeConfig, build
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized.compressed import LAYOUTS, packed
+from moefuse.export.quantized.layers import chosen
+from moefuse.export.quantized.result import QuantizeResult, render_quantized
 from moefuse.export.student_reader import StudentReader
 from moefuse.mathematics.divergence import forward_kl
 from moefuse.mathematics.integers import Grid, nearest, with_feedback
@@ -117,6 +123,13 @@ def test_every_base_sees_more_tokens_than_an_expert(home: Path, tmp_path: Path) 
         ({"scheme": "gptq"}, "--data"),
         ({"scheme": "w4a16", "what": "router"}, "--what"),
         ({"scheme": "w4a16", "group_size": 128}, "--group-size"),
+        ({"scheme": "w8a8", "group_size": 16}, "--group-size is for w4a16, gptq, awq,"),
+        ({"scheme": "nf4", "group_size": 64}, "--group-size is for"),
+        ({"scheme": "gptq", "what": "attention", "data": "text"}, "--scheme gptq .* add bases"),
+        (
+            {"scheme": "w8a8", "what": "dense", "refit": True, "data": "text"},
+            "--refit .*add bases",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_refused(
@@ -127,15 +140,151 @@ def test_what_cannot_be_had_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_card_tells_the_true_bits(home: Path, tmp_path: Path) -> None:
-    result = quantize(home / "student", tmp_path / "out", settings(home, "w8a16"))
+def test_a_quantised_student_is_not_rounded_twice(home: Path, tmp_path: Path) -> None:
+    quantize(home / "student", tmp_path / "once", {"scheme": "w8a8"})
+
+    with pytest.raises(UserError, match=r"is quantised already \(compressed-tensors\)"):
+        quantize(tmp_path / "once", tmp_path / "twice", {"scheme": "w8a16"})
+
+
+def test_kinds_of_layers_that_a_student_lacks_are_refused() -> None:
+    kinds: dict[str, str | None] = {"a": "bases", "b": "attention", "lm_head": None}
+
+    assert chosen(kinds, "attention, bases") == ["a", "b"]
+    with pytest.raises(UserError, match=r"'shared', of which .* it has bases, attention"):
+        chosen(kinds, "bases,shared")
+
+
+def test_bases_alone_have_nothing_to_learn(home: Path, tmp_path: Path) -> None:
+    bare = student_of(home, "deepseek_v2", groups=3, rank=0, scale=False, bias=False)
+
+    with pytest.raises(UserError, match="this student has none"):
+        quantize(bare, tmp_path / "out", settings(home, "w4a16", prediction_steps=1))
+    with pytest.raises(UserError, match="--refit has nothing to teach"):
+        quantize(bare, tmp_path / "out", settings(home, "fp8", refit=True))
+    result = quantize(bare, tmp_path / "out", settings(home, "w4a16"))
+    assert result.refit is not None
+    assert result.refit.learnt == "which way each number is rounded"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "what"),
+    [
+        ("w8a16", "bases"),
+        ("w8a8", "bases,attention,dense"),
+        ("w4a16", "shared,bases"),
+        ("w8a16", "attention"),
+    ],
+)
+def test_the_card_tells_the_true_bits(home: Path, tmp_path: Path, scheme: str, what: str) -> None:
+    result = quantize(home / "student", tmp_path / "out", settings(home, scheme, what=what))
 
     files = load_file(tmp_path / "out" / "model.safetensors")
     routed = [t for name, t in files.items() if ".experts." in name and "shared" not in name]
     reader = StudentReader.of(home / "student")
     numbers = sum(t.numel for n, t in reader.tensors.items() if ".mlp.experts." in n)
-    assert result.bits == pytest.approx(8 * sum(t.nbytes for t in routed) / numbers)
+    taken = 8 * sum(t.nbytes for t in routed)
+    assert result.bits == pytest.approx(taken / numbers)
     assert f"{result.bits:.2f} bits" in (tmp_path / "out" / "README.md").read_text()
+    teacher = CheckpointReader.open(home / "deepseek_v2-teacher")
+    whole = [t.numel for n, t in teacher.tensors.items() if ".mlp.experts." in n]
+    assert result.teacher_bits == pytest.approx(taken / sum(whole))
+    kept = load_file(home / "student" / "model.safetensors")
+    stems = {n.rpartition(".")[0] for n in files if n.endswith("weight_scale")}
+    rounded = sum(t.nbytes for n, t in files.items() if n.rpartition(".")[0] in stems)
+    assert result.base_bits == pytest.approx(
+        8 * rounded / sum(kept[f"{stem}.weight"].numel() for stem in stems)
+    )
+
+
+# What the card and the last words say of learning.
+
+
+def told(result: QuantizeResult) -> tuple[str, str]:
+    """Return the card, on one line, and what is printed at the end."""
+    card = (result.out / "README.md").read_text().partition("## Loading")[0]
+    return " ".join(card.split()), " ".join(render_quantized(result).split())
+
+
+def test_what_was_learnt_is_told(home: Path, tmp_path: Path) -> None:
+    values = settings(home, "w4a16", prediction_steps=2)
+    result = quantize(home / "student", tmp_path / "out", values)
+
+    assert result.refit is not None and result.predictions is not None
+    layers = len(StudentReader.of(home / "student").shape.layers)
+    assert (result.refit.steps, result.refit.layers, result.tokens) == (3, layers, 512)
+    for words in told(result):
+        assert "learnt for 3 steps to return on the text what it returned" in words
+        assert "deltas and scales, and which way each number is rounded" in words
+        assert f"from {result.refit.before:.5f} to {result.refit.after:.5f}" in words
+        assert "By 2 steps over the whole model, deltas and scales learnt to predict" in words
+        assert f"from {result.predictions.before:.5f} to {result.predictions.after:.5f}" in words
+        assert "512 tokens" in words
+    assert "Errors of bases were weighed on it." in told(result)[0]
+
+
+def test_what_learning_did_not_gain_is_told(home: Path, tmp_path: Path) -> None:
+    values = settings(home, "w8a8", refit=True, prediction_steps=1)
+    result = quantize(home / "student", tmp_path / "out", values)
+
+    assert result.refit is not None and result.predictions is not None
+    worse = replace(
+        result,
+        refit=replace(result.refit, improved=0, layers=2),
+        predictions=replace(result.predictions, before=0.1, after=0.2),
+    )
+    printed = " ".join(render_quantized(worse).split())
+    assert "2 of these layers did not improve and stayed as they were rounded" in printed
+    assert "sequences of the text that they learnt from, no gain by this measure" in printed
+
+
+@pytest.mark.parametrize(
+    ("scheme", "values", "use"),
+    [
+        ("w4a16", {"refit": False}, "Errors of bases were weighed on it."),
+        ("gptq", {"refit": False}, "Errors of bases were weighed on it, by GPTQ."),
+        ("w4a16", {"refit": False, "scales": "widest"}, "It was of no use"),
+        ("w8a8", {}, "Errors of bases were weighed on it."),
+        ("fp8", {}, "It was of no use"),
+        ("w8a8", {"what": "attention"}, "It was of no use"),
+        (
+            "w8a8",
+            {"what": "bases,attention"},
+            "Errors of bases were weighed on it; rounded without it: attention.",
+        ),
+    ],
+)
+def test_what_was_not_learnt_is_not_told(
+    home: Path, tmp_path: Path, scheme: str, values: dict[str, Any], use: str
+) -> None:
+    result = quantize(home / "student", tmp_path / "out", settings(home, scheme, **values))
+
+    card, printed = told(result)
+    for words in (card, printed):
+        assert "Nothing was learnt after rounding." in words
+        assert "512 tokens" in words
+        assert ("It was of no use" in words) == ("no use" in use)
+    assert use in card
+
+
+def test_without_text_none_is_told(home: Path, tmp_path: Path) -> None:
+    result = quantize(home / "student", tmp_path / "out", {"scheme": "w4a16", "group_size": 16})
+
+    for words in told(result):
+        assert "tokens" not in words
+        assert "Nothing was learnt after rounding." in words
+
+
+def test_predictions_leave_bases_that_were_not_rounded(home: Path, tmp_path: Path) -> None:
+    values = settings(home, "w8a8", what="attention", prediction_steps=5)
+
+    result = quantize(home / "student", tmp_path / "out", values)
+
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(home / "student" / "model.safetensors")
+    assert all(torch.equal(made[name], t) for name, t in before.items() if ".bases." in name)
+    assert any(not torch.equal(made[n], t) for n, t in before.items() if ".experts.delta." in n)
+    assert result.refit is None and result.seen is None
 
 
 def test_a_work_directory_that_is_not_its_own_is_refused_and_left(
@@ -190,6 +339,7 @@ def test_a_budget_goes_further_with_fewer_bits(home: Path) -> None:
         ({"bytes": "1MB", "form": "neurons", "scheme": "w8a16"}, "--form neurons"),
         ({"groups": 2, "group_size": 32}, "--scheme"),
         ({"groups": 2, "scheme": "w4a16", "group_size": 128}, "--group-size"),
+        ({"groups": 2, "scheme": "w8a16", "group_size": 16}, "--group-size is for"),
     ],
 )
 def test_plans_by_schemes_that_cannot_be(home: Path, values: dict[str, Any], told: str) -> None:
@@ -200,7 +350,7 @@ def test_plans_by_schemes_that_cannot_be(home: Path, values: dict[str, Any], tol
 def test_deltas_learn_what_the_student_predicted(home: Path, tmp_path: Path) -> None:
     asked = settings(home, "w4a16", refit=False)
     quantize(home / "student", tmp_path / "plain", asked)
-    quantize(home / "student", tmp_path / "taught", {**asked, "prediction_steps": 80})
+    result = quantize(home / "student", tmp_path / "taught", {**asked, "prediction_steps": 80})
 
     found = {name: load_file(tmp_path / name / "model.safetensors") for name in ("plain", "taught")}
     student = load_file(home / "student" / "model.safetensors")
@@ -210,9 +360,21 @@ def test_deltas_learn_what_the_student_predicted(home: Path, tmp_path: Path) -> 
     ids = load_tokenizer(home / "student")((home / "text.txt").read_text())["input_ids"][:256]
     ids = torch.tensor([ids])
     before = moefuse.load(home / "student", dtype="float32")
+    options = build(QuantizeConfig, asked)
+    batches = corpus.read_batches(
+        str(options.data),
+        load_tokenizer(home / "student"),
+        sequence_length=options.sequence_length,
+        tokens=options.tokens,
+        batch_size=options.batch_size,
+        vocabulary=before.config.vocab_size,
+        source="student",
+    )
+    learnt_from = torch.cat([ids for ids, _ in batches])[:4]
     with torch.no_grad():
         wanted_SV = before(ids).logits[0]
-        errors = []
+        wanted_BSV = before(learnt_from).logits
+        errors, measured = [], []
         for tensors in found.values():
             after = moefuse.load(home / "student", dtype="float32")
             config = read_json(tmp_path / "plain" / "config.json")["quantization_config"]
@@ -225,4 +387,10 @@ def test_deltas_learn_what_the_student_predicted(home: Path, tmp_path: Path) -> 
                 own[name] = FORMAT.unpack(parts, config, tuple(student[name].shape))
             after.load_state_dict(own, strict=False)
             errors.append(float(forward_kl(wanted_SV, after(ids).logits[0]).mean()))
+            got_BSV = after(learnt_from).logits
+            measured.append(float(forward_kl(wanted_BSV, got_BSV).mean()))
+    assert result.predictions is not None
+    assert [result.predictions.before, result.predictions.after] == pytest.approx(
+        measured, rel=1e-2
+    )
     assert errors[1] < 0.8 * errors[0]

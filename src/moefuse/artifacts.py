@@ -44,6 +44,11 @@ def _umask() -> int:
     return current
 
 
+def give_usual_mode(path: Path) -> None:
+    """Let others read the file ``path`` as the user's umask has it; safetensors lets nobody."""
+    path.chmod(0o666 & ~_umask())
+
+
 def disk_full(error: BaseException, path: Path | None = None) -> UserError | None:
     """Return what to tell where ``error`` is that of a full disk; None where it is another one.
 
@@ -70,7 +75,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        give_usual_mode(temporary)
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)

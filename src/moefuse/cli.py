@@ -719,7 +719,8 @@ def quantize_command(
     json_: Json = False,
 ) -> None:
     """Store a student's linear layers in a quantiser's format."""
-    from moefuse.quantize import quantize, render_quantized
+    from moefuse.export.quantized.result import render_quantized
+    from moefuse.quantize import quantize
 
     result = quantize(student, out, values, overwrite=overwrite)
     _print_json(result.to_json()) if json_ else typer.echo(render_quantized(result))

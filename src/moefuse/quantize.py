@@ -10,7 +10,7 @@ import shutil
 import statistics
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,31 @@ from torch import Tensor
 
 from moefuse import artifacts, corpus
 from moefuse.calibration.collect import CalibrationStore, collect
+from moefuse.checkpoint.formats.base import quantization_method
 from moefuse.checkpoint.headers import CARD, CONFIG, read_config
 from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.checkpoint.writer import ShardedWriter
 from moefuse.config import DistillConfig, QuantizeConfig, build, parse_bytes
 from moefuse.console import track
-from moefuse.distillation.predictions import learn_predictions
+from moefuse.distillation.loop import DistillResult
+from moefuse.distillation.predictions import SEQUENCES, divergence, learn_predictions
 from moefuse.distillation.rounded import refit_layer
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
 from moefuse.export.quantized.card import quantized_card
 from moefuse.export.quantized.layers import BASES, chosen, linear_layers
-from moefuse.export.quantized.schemes import AWQ, GPTQ, REFITTED, check_scheme, check_text
+from moefuse.export.quantized.result import Predictions, QuantizeResult, Refit, Seen
+from moefuse.export.quantized.schemes import (
+    AWQ,
+    CALIBRATED,
+    GPTQ,
+    REFITTED,
+    check_group_size,
+    check_scheme,
+    check_text,
+    whole_codes,
+)
 from moefuse.export.quantized.sparing import scale_neurons
 from moefuse.export.student_reader import StudentReader
 from moefuse.mathematics.activation_aware import input_scales
@@ -53,38 +65,6 @@ REFIT = DistillConfig(
 """How layers learn to make up for rounding; measured in docs/research.md, section 17."""
 PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, warmup=0.05)
 """How deltas and scales learn predictions, all at one rate; measured there, too."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """How many calibration tokens reach a base, and how many an expert: medians and the least."""
-
-    base_median: float
-    base_least: int
-    expert_median: float
-    expert_least: int
-
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """Where the checkpoint is and what it takes.
-
-    ``bits`` are those of a number of the routed experts, deltas and scales included, ``base_bits``
-    those of a number of what was rounded, with its scales. ``seen`` is None without text.
-    """
-
-    out: Path
-    scheme: str
-    bytes: int
-    student_bytes: int
-    bits: float
-    base_bits: float
-    refitted: bool
-    seen: Seen | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "out": str(self.out)}
 
 
 @dataclass(frozen=True)
@@ -123,7 +103,8 @@ class _Job:
         self.out, self.options, self.scheme = out, options, options.scheme
         check_scheme(self.scheme)
         check_text(self.scheme, options.data)
-        self.refits = self._refits()
+        check_group_size(self.scheme, options.group_size)
+        self._check_learning()
         check_output(out, overwrite=overwrite)
         self.reader = StudentReader.of(student)
         check_outside(out, self.reader.directory, "output")
@@ -132,9 +113,18 @@ class _Job:
                 f"{student} keeps neurons of each expert's own, already in few bits, and has "
                 "no bases that a quantiser could take; fuse with --groups for that."
             )
+        method = quantization_method(read_config(self.reader.directory))
+        if method is not None:
+            raise UserError(
+                f"{student} is quantised already ({method}), and would be rounded twice; give the "
+                "student that it was made of."
+            )
         self.max_shard_bytes = parse_bytes(options.max_shard, "--max-shard")
         self.kinds = linear_layers(self.reader)
         self.names = chosen(self.kinds, options.what)
+        self.rounds_bases = any(self.kinds[name] == BASES for name in self.names)
+        self.own = self._own_parts()
+        self.refits = self._refits()
         self.grid = self._grid()
         self.teacher = StreamedTeacher(self.reader, device="cpu", dtype=torch.float32)
         self.work = out.with_name(out.name + ".work")
@@ -142,8 +132,9 @@ class _Job:
         self.tokens: list[tuple[Tensor, Tensor]] = [] if options.data is None else self._text()
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.weights: dict[str, Tensor] = {}
-        self.rounded_bytes = 0
-        self.rounded_numbers = 0
+        self.stored_bytes: dict[str, int] = {}
+        self.refitted: list[DistillResult] = []
+        self.predictions: Predictions | None = None
 
     def _grid(self) -> Grid | None:
         """Return the grid that bases are rounded to; None where a library's is its own."""
@@ -155,8 +146,8 @@ class _Job:
         widths = {self.reader.tensors[f"{name}.weight"].shape[1] for name in self.names}
         return compressed.grid_of(layout, widths, self.options.group_size)
 
-    def _refits(self) -> bool:
-        """Say whether what is rounded learns to make up for it; raises ``UserError``."""
+    def _check_learning(self) -> None:
+        """Raise ``UserError`` for settings of learning that do not go together."""
         options = self.options
         if options.refit and options.data is None:
             raise UserError(
@@ -169,7 +160,38 @@ class _Job:
                 f"--prediction-steps are for schemes that moefuse rounds itself "
                 f"({', '.join(compressed.LAYOUTS)}), not for {self.scheme}."
             )
-        wished = options.data is not None and self.scheme in REFITTED
+
+    def _own_parts(self) -> str:
+        """Return words for what experts have of their own and can learn; "" for nothing."""
+        plans = self.reader.plans.values()
+        parts = {
+            "deltas": any(plan.rank for plan in plans),
+            "scales": any(plan.scale for plan in plans),
+            "biases": self.reader.shape.biased or any(plan.bias for plan in plans),
+        }
+        *first, last = [part for part, there in parts.items() if there] or [""]
+        return f"{', '.join(first)} and {last}" if first else last
+
+    def _refits(self) -> bool:
+        """Say whether layers learn to make up for rounding; raises ``UserError`` where none can."""
+        options, what = self.options, f"--what {self.options.what}"
+        if not self.rounds_bases and (options.refit or self.scheme in CALIBRATED):
+            asked = "--refit" if options.refit else f"--scheme {self.scheme}"
+            raise UserError(
+                f"{asked} is for shared bases, and {what} leaves them as they are; add bases"
+                f"{'' if options.refit else ', or use w4a16'}."
+            )
+        if options.prediction_steps and not self.own:
+            raise UserError(
+                "--prediction-steps teach deltas, scales and biases, and this student has none."
+            )
+        able = bool(self.own) or whole_codes(self.scheme)
+        if options.refit and not able:
+            raise UserError(
+                f"--refit has nothing to teach: the student has no deltas, scales or biases, and "
+                f"bases stay as {self.scheme} rounds them."
+            )
+        wished = options.data is not None and self.scheme in REFITTED and self.rounds_bases and able
         return wished if options.refit is None else options.refit
 
     def _text(self) -> list[tuple[Tensor, Tensor]]:
@@ -184,12 +206,17 @@ class _Job:
             source=self.reader.source,
         )
 
+    @property
+    def _learns_of_bases(self) -> bool:
+        """Whether what reaches the experts on the text is of use."""
+        return bool(self.tokens) and self.rounds_bases
+
     def run(self) -> QuantizeResult:
         if self.work.exists():
             shutil.rmtree(self.work)
         store = CalibrationStore(self.work / "quantize-calibration")
         try:
-            if self.tokens:
+            if self._learns_of_bases:
                 collect(self.teacher, self.tokens, store)
             return self._write(store)
         finally:
@@ -220,7 +247,7 @@ class _Job:
         result = self._result(size_of(partial))
         artifacts.write_text(
             partial / CARD,
-            quantized_card(self.out.name, self.reader, self.options.what, asdict(result)),
+            quantized_card(self.out.name, self.reader, result),
         )
         artifacts.finish_directory(partial, self.out)
         return result
@@ -238,7 +265,7 @@ class _Job:
                     rounded[f"bases.{name}"] = libraries.weight_of(linear)
             _, rest = self._refitted(layer, given, rounded, store)
             made.load_state_dict(rest, strict=False)
-        self.rounded_numbers, self.rounded_bytes = libraries.stored(model, self.names, self.reader)
+        self.stored_bytes = libraries.stored(model, self.names)
         return libraries.save(model, partial, self.max_shard_bytes)
 
     def _tensors(self, store: CalibrationStore) -> Iterator[tuple[str, Tensor]]:
@@ -303,8 +330,7 @@ class _Job:
         if self.options.prediction_steps:
             self.weights[f"{name}.weight"] = rounded.weight()
         stored = compressed.parts(name, rounded, compressed.LAYOUTS[self.scheme])
-        self.rounded_numbers += rounded.codes_OI.numel()
-        self.rounded_bytes += sum(tensor.nbytes for tensor in stored.values())
+        self.stored_bytes[name] = sum(tensor.nbytes for tensor in stored.values())
         yield from stored.items()
 
     def _round(self, weight_OI: Tensor, moment_II: Tensor | None) -> Rounded:
@@ -335,17 +361,17 @@ class _Job:
         call = store.all_calls(layer).to("cpu")
         options = replace(REFIT, steps=self.options.steps)
         progress = partial(track, description=f"Refit layer {layer}")
-        # fp8 has no codes that a small step could change, and a library's codes are its own.
-        is_whole = self.scheme in compressed.LAYOUTS and self.grid and not self.grid.is_float
-        grid = self.grid if is_whole else None
-        bases, rest = refit_layer(
+        grid = self.grid if whole_codes(self.scheme) else None
+        bases, rest, result = refit_layer(
             whole, rounded, grid, call, options, seed=self.options.seed, progress=progress
         )
+        self.refitted.append(result)
         dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         return bases, {name: tensor.to(dtypes[name]) for name, tensor in rest.items()}
 
     def _predicting(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield ``tensors`` of the quantised student, deltas and scales taught by predictions."""
+        """Yield ``tensors`` of the quantised student, what experts have of their own taught by
+        predictions."""
         before = load_fused(self.reader.directory, dtype=torch.float32).eval()
         after = deepcopy(before)
         state = after.state_dict()
@@ -355,7 +381,7 @@ class _Job:
         names = [
             name
             for name, _ in after.named_parameters()
-            if name.startswith(paths) and name in tensors and name not in self.weights
+            if name.startswith(paths) and name in tensors and ".bases." not in name
         ]
         sequences = [
             ids_S[mask_S.bool()]
@@ -365,12 +391,19 @@ class _Job:
         longest = max(map(len, sequences))
         sequences = [ids_S for ids_S in sequences if len(ids_S) == longest]
         options = replace(PREDICTIONS, steps=self.options.prediction_steps)
+        some = sequences[:SEQUENCES]
+        began = divergence(before, after, some)
         learnt = learn_predictions(
             before, after, names, sequences, options,
             seed=self.options.seed, progress=partial(track, description="Learn predictions"),
         )  # fmt: skip
-        for name, tensor in tensors.items():
-            yield name, learnt[name].to(tensor.dtype) if name in learnt else tensor
+        stored = {name: learnt[name].to(tensors[name].dtype) for name in names}
+        after.load_state_dict(stored, strict=False)
+        self.predictions = Predictions(
+            self.options.prediction_steps, self.own, len(some), began,
+            divergence(before, after, some),
+        )  # fmt: skip
+        yield from {**tensors, **stored}.items()
 
     def _module(self, layer: int) -> FusedExperts:
         """Read a layer's fused experts, with what joins their gate and up."""
@@ -384,7 +417,7 @@ class _Job:
 
     @torch.no_grad()
     def _moments(self, layer: int, module: FusedExperts, store: CalibrationStore) -> Moments | None:
-        if not self.tokens:
+        if not self._learns_of_bases:
             return None
         call = store.all_calls(layer)
         gate_up_EFD, down_EDF, biases = self.reader.written_out(module)
@@ -400,25 +433,47 @@ class _Job:
     # What comes of it.
 
     def _result(self, written: int) -> QuantizeResult:
-        family, layers = self.reader.family, self.reader.shape.layers
-        paths = tuple(f"{family.experts_path(layer)}." for layer in layers)
-        routed = {n: t for n, t in self.reader.tensors.items() if n.startswith(paths)}
+        reader, shape = self.reader, self.reader.shape
+        paths = tuple(f"{reader.family.experts_path(layer)}." for layer in shape.layers)
+        routed = {name: t for name, t in reader.tensors.items() if name.startswith(paths)}
         rounded = {f"{name}.weight" for name in self.names}
-        bases = [n for n in self.names if self.kinds[n] == BASES]
-        numbers = sum(self.reader.tensors[f"{n}.weight"].numel for n in bases)
-        base_bits = 8 * self.rounded_bytes / max(1, self.rounded_numbers)
-        rest = [t for n, t in routed.items() if n not in rounded]
-        total = sum(t.numel for t in rest) + numbers
-        bits = (base_bits * numbers + 8 * sum(t.stored_bytes for t in rest)) / total
+        as_before = sum(t.stored_bytes for name, t in routed.items() if name not in rounded)
+        bases = sum(self.stored_bytes[n] for n in self.names if self.kinds[n] == BASES)
+        bits = 8 * (as_before + bases)
         return QuantizeResult(
             out=self.out,
             scheme=self.scheme,
+            what=self.options.what,
             bytes=written,
-            student_bytes=size_of(self.reader.directory),
-            bits=bits,
-            base_bits=base_bits,
-            refitted=self.refits,
+            student_bytes=size_of(reader.directory),
+            bits=bits / sum(t.numel for t in routed.values()),
+            teacher_bits=bits / (len(shape.layers) * shape.layer_numbers),
+            base_bits=8
+            * sum(self.stored_bytes.values())
+            / sum(reader.tensors[name].numel for name in rounded),
+            tokens=sum(int(mask.sum()) for _, mask in self.tokens),
+            weighed=self._learns_of_bases and self._rounds_by_text(),
             seen=self._seen(),
+            refit=self._refit_result(),
+            predictions=self.predictions,
+        )
+
+    def _rounds_by_text(self) -> bool:
+        searched = whole_codes(self.scheme) and self.options.scales == "search"
+        return searched or self.scheme in CALIBRATED
+
+    def _refit_result(self) -> Refit | None:
+        found = self.refitted
+        if not found:
+            return None
+        rounding = ["which way each number is rounded"] if whole_codes(self.scheme) else []
+        return Refit(
+            steps=self.options.steps,
+            learnt=", and ".join([self.own, *rounding] if self.own else rounding),
+            layers=len(found),
+            improved=sum(result.after < result.before for result in found),
+            before=statistics.fmean(result.before for result in found),
+            after=statistics.fmean(result.after for result in found),
         )
 
     def _seen(self) -> Seen | None:
@@ -427,21 +482,3 @@ class _Job:
         bases = torch.cat([base_G for base_G, _ in self.seen]).tolist()
         experts = torch.cat([expert_E for _, expert_E in self.seen]).tolist()
         return Seen(statistics.median(bases), min(bases), statistics.median(experts), min(experts))
-
-
-def render_quantized(result: QuantizeResult) -> str:
-    """Say in a few lines what was written."""
-    deltas = ", layers refitted" if result.refitted else ""
-    lines = [
-        f"{result.out}: {result.scheme}{deltas}; {result.bytes / 1e6:.2f} MB, where the student "
-        f"takes {result.student_bytes / 1e6:.2f} MB.",
-        f"A number of the routed experts takes {result.bits:.2f} bits, deltas included; one that "
-        f"was rounded {result.base_bits:.2f}, scales included.",
-    ]
-    if result.seen is not None:
-        lines.append(
-            f"Calibration tokens: a base sees {result.seen.base_median:.0f} (least "
-            f"{result.seen.base_least}), an expert of its own {result.seen.expert_median:.0f} "
-            f"(least {result.seen.expert_least}); medians."
-        )
-    return "\n".join(lines)

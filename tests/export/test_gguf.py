@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moefuse.artifacts import read_json, write_json
 from moefuse.checkpoint.reader import CheckpointReader
-from moefuse.export.gguf.quantize import check_available
+from moefuse.errors import UserError
 from moefuse.export.gguf.tensors import neighbours
 from moefuse.export.gguf.vocabulary import CONTROL, NORMAL, UNUSED, read_vocabulary
 from moefuse.export.gguf.write import export_gguf, settings_of
@@ -304,10 +304,24 @@ def test_bad_input(
         assert words in ran.err
 
 
-def test_kinds_of_the_engines_own_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_the_engines_own_need_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(ValueError, match="llama-cpp-python"):
-        check_available("Q4_K_M")
+    save_tiny(tmp_path / "plain", "olmoe")
+    with pytest.raises(UserError, match=r"moefuse\[llama-cpp\].*F32, F16, BF16 or Q8_0\.$"):
+        export_gguf(tmp_path / "plain", tmp_path / "out.gguf", quant="q4_k_m")
+
+
+@pytest.mark.parametrize("quant", ["Q9", "ALL_F32", "GUESSED", "MOSTLY_Q4_K_M", ""])
+def test_an_unknown_kind_is_told_as_unknown_without_the_engine(
+    quant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    save_tiny(tmp_path / "plain", "olmoe")
+    with pytest.raises(UserError, match=r"is unknown; choose auto, F32, .*Q4_K_M") as told:
+        export_gguf(tmp_path / "plain", tmp_path / "out.gguf", quant=quant)
+    assert "install" not in str(told.value)
+    assert "GUESSED" not in str(told.value).partition(";")[2]
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_defaults_are_filled_in(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """Quantised students loaded by the libraries that read them, in a process without moefuse."""
 
 import json
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from students import student_of
 
 from moefuse.quantize import quantize
@@ -15,25 +19,30 @@ from moefuse.quantize import quantize
 LOADS = """
 import json, sys, torch
 sys.modules["moefuse"] = None
-from transformers import AutoModelForCausalLM
-made = json.loads(sys.argv[2])
+from transformers import (
+    AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, HqqConfig, QuantoConfig, TorchAoConfig)
+path, made, again = sys.argv[1:]
 options = {}
 if made:
-    import transformers
-    if made[0] == "TorchAoConfig":
-        import torchao.quantization
-        options["quantization_config"] = transformers.TorchAoConfig(
-            torchao.quantization.Int8WeightOnlyConfig())
-    else:
-        options["quantization_config"] = getattr(transformers, made[0])(**made[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, **options).eval()
+    if "TorchAo" in made:
+        from torchao.quantization import (
+            Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig,
+            IntxWeightOnlyConfig)
+        from torchao.quantization.granularity import PerGroup
+    options["quantization_config"] = eval(made)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options).eval()
 base = model.model.layers[1].mlp.experts.bases[0].gate_up_proj
-ids = torch.tensor([[5, 6, 7, 8]])
-tokens = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-print(json.dumps({"base": type(base).__name__, "weight": type(base.weight).__name__,
-                  "count": tokens.shape[1]}))
+def tokens(model):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    return model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0].tolist()
+found = {"tokens": tokens(model)}  # compressed-tensors unpacks weights on the first call
+found["kinds"] = [type(base).__name__, type(base.weight).__name__]
+if again:
+    model.save_pretrained(again)
+    found["again"] = tokens(
+        AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval())
+print(json.dumps(found))
 """
-
 
 GROUPED = ("w4a16", "gptq", "awq", "int4-torchao", "hqq4")
 
@@ -45,9 +54,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loaded(path: Path, *made: Any) -> dict[str, Any]:
-    command = [sys.executable, "-c", LOADS, str(path), json.dumps(made)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(path: Path, made: str = "", again: Path | None = None) -> "subprocess.CompletedProcess":
+    """Load ``path`` with the configuration that ``made`` spells, and save it to ``again``."""
+    command = [sys.executable, "-c", LOADS, str(path), made, "" if again is None else str(again)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def loaded(path: Path, made: str = "", again: Path | None = None) -> dict[str, Any]:
+    """Return what such a process found."""
+    ran = run(path, made, again)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return json.loads(ran.stdout.splitlines()[-1])
 
@@ -59,28 +74,83 @@ def test_a_quantised_student_loads_without_moefuse(home: Path, tmp_path: Path, s
 
     quantize(home / "student", tmp_path / "out", {"scheme": scheme, **text, **group})
 
-    assert loaded(tmp_path / "out")["count"] == 8
+    assert len(loaded(tmp_path / "out")["tokens"]) == 8
 
 
-@pytest.mark.parametrize(
-    ("made", "kind"),
-    [
-        (
-            ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-            "Linear4bit",
-        ),
-        (("TorchAoConfig", {}), "Int8Tensor"),
-        (("QuantoConfig", {"weights": "int8"}), "QLinear"),
-    ],
-)
-def test_a_user_s_own_route_touches_the_bases(home: Path, made: Any, kind: str) -> None:
-    found = loaded(home / "student", *made)
+@pytest.mark.parametrize("scheme", ["nf4", "hqq4"])
+def test_what_a_library_writes_takes_the_bits_that_are_told(
+    home: Path, tmp_path: Path, scheme: str
+) -> None:
+    group = {"group_size": 16} if scheme in GROUPED else {}
+    values = {"scheme": scheme, "what": "bases,attention", **group}
 
-    assert kind in (found["base"], found["weight"])
+    result = quantize(home / "student", tmp_path / "out", values)
+
+    file = tmp_path / "out" / "model.safetensors"
+    with safe_open(file, "pt") as stored:
+        routed = [n for n in stored.keys() if ".mlp.experts." in n]  # noqa: SIM118
+        taken = 8 * sum(stored.get_tensor(name).nbytes for name in routed)
+    kept = load_file(home / "student" / "model.safetensors")
+    numbers = sum(t.numel() for n, t in kept.items() if ".mlp.experts." in n)
+    assert result.bits == pytest.approx(taken / numbers)
+    config = tmp_path / "out" / "config.json"
+    assert file.stat().st_mode == config.stat().st_mode
+
+
+# Rows of the table in docs/quantizing.md: configurations as they are spelt there.
+
+WORKING = {
+    'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")': "Linear4bit",
+    "TorchAoConfig(Int8WeightOnlyConfig())": "Int8Tensor",
+    "TorchAoConfig(Int8DynamicActivationInt8WeightConfig())": "Int8Tensor",
+    "TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32)))": "IntxUnpackedToInt8Tensor",
+}
+FAILING = {
+    "BitsAndBytesConfig(load_in_8bit=True)": "must match the size of tensor b",
+    "TorchAoConfig(Int4WeightOnlyConfig(group_size=32))": "ImportError: Requires mslk >= 1.0.0",
+    "AwqConfig(bits=4)": "does require the model to be pre-quantized",
+    "HqqConfig(nbits=4)": "HQQ is not available yet",
+}
+QUANTO = 'QuantoConfig(weights="int8")'
+TOO_SLOW = ('QuantoConfig(weights="int4")',)
+
+
+@pytest.mark.parametrize(("made", "kind"), WORKING.items())
+def test_a_user_s_own_route_touches_the_bases_and_is_saved(
+    home: Path, tmp_path: Path, made: str, kind: str
+) -> None:
+    # The tiny student has rows of 16 numbers.
+    found = loaded(home / "student", made.replace("(32)", "(16)"), tmp_path / "again")
+
+    assert kind in found["kinds"]
+    assert found["again"] == found["tokens"]
+
+
+@pytest.mark.parametrize(("made", "words"), FAILING.items())
+def test_a_route_that_fails_says_so(home: Path, made: str, words: str) -> None:
+    if "Hqq" in made and find_spec("hqq") is None:
+        pytest.skip("hqq is not installed")
+
+    ran = run(home / "student", made)
+
+    assert ran.returncode != 0
+    assert words in ran.stderr
+
+
+def test_quanto_touches_the_bases_and_saves_nothing(home: Path, tmp_path: Path) -> None:
+    assert "QLinear" in loaded(home / "student", QUANTO)["kinds"]
+    assert "is not serializable" in run(home / "student", QUANTO, tmp_path / "again").stderr
+
+
+def test_every_configuration_of_the_table_is_tried_here() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "quantizing.md").read_text()
+    table = text.partition("## Your own route")[2]
+    spelt = re.findall(r"^\|[^|]*\| `(\w+Config\(.*?\))` \|", table, re.M)
+
+    assert sorted(spelt) == sorted([*WORKING, *FAILING, QUANTO, *TOO_SLOW])
 
 
 def test_the_packed_form_is_read_as_it_was_written(home: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     from moefuse.checkpoint.formats.compressed_tensors import FORMAT

@@ -56,3 +56,14 @@ def learn_predictions(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
     return {name: parameter.detach() for name, parameter in learning.items()}
+
+
+@torch.no_grad()
+def divergence(before: Any, after: Any, sequences: Sequence[Tensor]) -> float:
+    """Return the mean over tokens of KL(before || after), nats, on token ids (S,) each."""
+    total, tokens = 0.0, 0
+    for ids_S in sequences:
+        logits = [model(ids_S[None], use_cache=False).logits[0] for model in (before, after)]
+        total += float(forward_kl(*logits).sum())
+        tokens += len(ids_S)
+    return total / tokens

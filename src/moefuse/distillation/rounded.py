@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.config import DistillConfig
-from moefuse.distillation.loop import distill_layer
+from moefuse.distillation.loop import DistillResult, distill_layer
 from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.integers import Grid, Rounded
 from moefuse.modeling.modeling_moefuse import FusedExperts
@@ -84,13 +84,13 @@ def refit_layer(
     *,
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
-) -> tuple[dict[str, Rounded], dict[str, Tensor]]:
+) -> tuple[dict[str, Rounded], dict[str, Tensor], DistillResult]:
     """Let a layer with rounded bases learn what ``module``, the same before, returns.
 
     ``module`` and ``call`` in fp32; what ``call`` says of outputs does not count. ``rounded`` are
     the bases by names such as ``bases.3.down_proj``: on a ``grid`` they learn too, without one or
-    as weights (O, I) they stay. Returns those that learnt, and the module's tensors beside bases,
-    fp32.
+    as weights (O, I) they stay. Returns those that learnt, the module's tensors beside bases,
+    fp32, and how far it came.
     """
     call = replace(call, y_TD=_outputs(module, call, options.batch_tokens))
     student = deepcopy(module)
@@ -104,10 +104,10 @@ def refit_layer(
             setattr(student.get_submodule(stem), projection, learning[name])
         else:
             linear.weight.copy_(base.weight() if isinstance(base, Rounded) else base)
-    distill_layer(student, call, options, seed=seed, progress=progress)
+    result = distill_layer(student, call, options, seed=seed, progress=progress)
     state = student.state_dict()
     rest = {name: t for name, t in state.items() if not name.startswith("bases.")}
-    return {name: twin.rounded() for name, twin in learning.items()}, rest
+    return {name: twin.rounded() for name, twin in learning.items()}, rest, result
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """llama.cpp's own quantiser, through llama-cpp-python (extra ``llama-cpp``)."""
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,46 @@ from moefuse.errors import UserError
 PREFIX = "LLAMA_FTYPE_MOSTLY_"
 
 
-def _package(quant: str) -> Any:
+def _package() -> Any | None:
     try:
         return importlib.import_module("llama_cpp")  # an extra that takes minutes to build
-    except ImportError as error:
+    except ImportError:
+        return None
+
+
+def check_available(quant: str, written: Iterable[str], named: Iterable[str]) -> None:
+    """Raise ``UserError`` unless llama.cpp is there and knows ``quant``.
+
+    ``written`` are the kinds that are made here without it, ``named`` those that the gguf package
+    has a name for: they tell an unknown kind where llama.cpp is not there to be asked.
+    """
+    package = _package()
+    names = named if package is None else vars(package)
+    starts = PREFIX if package is not None else PREFIX.removeprefix("LLAMA_FTYPE_")
+    here = tuple(written)
+    own = sorted({n.removeprefix(starts) for n in names if n.startswith(starts)} - {*here})
+    if quant not in own:
+        raise UserError(
+            f"--quant {quant} is unknown; choose auto, {', '.join(here)}, or one that "
+            f"llama-cpp-python makes: {', '.join(own)}."
+        )
+    if package is None:
         raise UserError(
             f"--quant {quant} is made by llama.cpp itself; install llama-cpp-python (pip install "
-            '"moefuse[llama-cpp]", some ten minutes of building), or choose F32, F16, BF16 or Q8_0.'
-        ) from error
+            f'"moefuse[llama-cpp]", some ten minutes of building), or choose {_any_of(here)}.'
+        )
 
 
-def check_available(quant: str) -> None:
-    """Raise ``UserError`` unless llama.cpp is there and knows ``quant``."""
-    package = _package(quant)
-    if not hasattr(package, PREFIX + quant):
-        known = sorted(n.removeprefix(PREFIX) for n in dir(package) if n.startswith(PREFIX))
-        raise UserError(f"--quant {quant} is unknown; choose auto, F32 or {', '.join(known)}.")
+def _any_of(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def quantize(source: Path, target: Path, quant: str) -> None:
-    """Quantise the GGUF file ``source`` to ``target``; raises ``UserError`` where that fails."""
-    package = _package(quant)
+    """Quantise the GGUF file ``source`` to ``target``, after ``check_available`` has passed.
+
+    Raises ``UserError`` where llama.cpp fails.
+    """
+    package: Any = _package()
     options = package.llama_model_quantize_default_params()
     options.ftype = getattr(package, PREFIX + quant)
     options.nthread = 0

@@ -78,13 +78,13 @@ def export_gguf(
     """
     out = Path(out)
     _check_out(out, overwrite=overwrite)
+    gguf = _package()
     reader = _open(checkpoint, trust_remote_code=trust_remote_code)
     quant = STORED.get(reader.dtype, "F32") if quant == "auto" else quant.upper()
     if quant not in PLAIN:
-        quantize.check_available(quant)
+        quantize.check_available(quant, PLAIN, (kind.name for kind in gguf.LlamaFileType))
     form, settings = form_of(reader), settings_of(reader.family, reader.config)
     check_can_run(reader, form, settings)
-    gguf = _package()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         reader.directory, trust_remote_code=trust_remote_code
     )

@@ -46,11 +46,21 @@ def _kind(reader: StudentReader, name: str, module: nn.Linear) -> str | None:
 
 
 def chosen(kinds: dict[str, str | None], what: str) -> list[str]:
-    """Return the layers of the kinds in ``what``, commas between; raises ``UserError``."""
+    """Return the layers of the kinds in ``what``, commas between.
+
+    Raises ``UserError`` for a kind that there is not, or of which the student has no layer.
+    """
     wanted = [part.strip() for part in what.split(",")]
     strange = [part for part in wanted if part not in KINDS]
     if strange:
         raise UserError(
             f"--what has {strange[0]!r}; it takes {', '.join(KINDS)}, with commas between."
+        )
+    there = [kind for kind in KINDS if kind in kinds.values()]
+    missing = [part for part in wanted if part not in there]
+    if missing:
+        raise UserError(
+            f"--what has {missing[0]!r}, of which the student has no linear layer; it has "
+            f"{', '.join(there)}."
         )
     return [name for name, kind in kinds.items() if kind in wanted]

@@ -85,12 +85,14 @@ def weight_of(linear: Any) -> Tensor:
     return linear(unit_II.to(dtype)).T.float()
 
 
-def stored(model: PreTrainedModel, names: list[str], reader: StudentReader) -> tuple[int, int]:
-    """Return how many numbers were rounded, and the bytes that they take with their scales."""
-    numbers = sum(reader.tensors[f"{name}.weight"].numel for name in names)
-    prefixes = tuple(f"{name}.weight" for name in names)
-    state = model.state_dict()
-    return numbers, sum(_bytes(t) for name, t in state.items() if name.startswith(prefixes))
+def stored(model: PreTrainedModel, names: list[str]) -> dict[str, int]:
+    """Return the bytes that every layer of ``names`` takes, with its scales."""
+    found = dict.fromkeys(names, 0)
+    for name, tensor in model.state_dict().items():
+        layer = name.partition(".weight")[0]
+        if layer in found:
+            found[layer] += _bytes(tensor)
+    return found
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -104,4 +106,6 @@ def _bytes(tensor: Tensor) -> int:
 def save(model: PreTrainedModel, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
     """Write the model in the library's own way; returns its ``quantization_config``."""
     model.save_pretrained(directory, max_shard_size=max_shard_bytes)
+    for path in directory.iterdir():
+        artifacts.give_usual_mode(path)
     return artifacts.read_json(directory / CONFIG)["quantization_config"]

@@ -28,6 +28,26 @@ def check_text(scheme: str, data: str | None) -> None:
         )
 
 
+def check_group_size(scheme: str, group_size: int | None) -> None:
+    """Raise ``UserError`` for a group size where the scheme has none to choose."""
+    layouts = {**compressed.LAYOUTS, **libraries.LAYOUTS}
+    grouped = [name for name, layout in layouts.items() if layout.grouped]
+    if group_size is not None and scheme not in grouped:
+        raise UserError(
+            f"--group-size is for {', '.join(grouped)}; how many numbers of {scheme} share a scale "
+            "is not to be chosen."
+        )
+
+
+def whole_codes(scheme: str) -> bool:
+    """Say whether moefuse itself rounds to whole numbers, which can then learn.
+
+    fp8 has no codes that a small step could change, and a library's codes are its own.
+    """
+    layout = compressed.LAYOUTS.get(scheme)
+    return layout is not None and not layout.is_float
+
+
 def bytes_of_bases(
     scheme: str, widths: set[int], group_size: int | None, itemsize: int
 ) -> StoredBytes:
@@ -37,6 +57,7 @@ def bytes_of_bases(
     Raises ``UserError`` for a scheme that there is not, or whose sizes a library alone knows.
     """
     check_scheme(scheme)
+    check_group_size(scheme, group_size)
     layout = compressed.LAYOUTS.get(scheme)
     if layout is None:
         raise UserError(

@@ -64,18 +64,15 @@ def offered(module: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> T
             return y_TD
     wanted = _wants_gradients(module, x_TD, weight_TK)
     way = _best_way(x_TD, wanted=wanted) if _setting == "auto" else _setting
-    if way == "plain":
-        return None
-    why_not = _obstacle(way, module, x_TD, wanted=wanted)
-    if why_not is not None:
-        if _setting == "auto":
-            return None
+    why_not = None if way == "plain" else _obstacle(way, module, x_TD, wanted=wanted)
+    if why_not is not None and _setting != "auto":
         raise UserError(f"MOEFUSE_KERNELS is '{_setting}', but {why_not}.")
-    if way == "grouped":
-        return grouped_path.forward(module, x_TD, index_TK, weight_TK)  # type: ignore[reportCallIssue]
-    if way == "cpu":
-        return cpu_path.forward(module, x_TD, index_TK, weight_TK)  # type: ignore[reportCallIssue]
-    return triton_path.forward(module, x_TD, index_TK, weight_TK, with_gradients=wanted)
+    if way == "plain" or why_not is not None:
+        return None
+    if way == "triton":
+        return triton_path.forward(module, x_TD, index_TK, weight_TK, with_gradients=wanted)
+    forward: Any = cpu_path.forward if way == "cpu" else grouped_path.forward
+    return forward(module, x_TD, index_TK, weight_TK)
 
 
 def _without_gradients_or_casts(x_TD: Tensor) -> bool:
