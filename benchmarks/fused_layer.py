@@ -213,8 +213,10 @@ def make_packed(cell: Cell, device: str, dtype: torch.dtype) -> NeuronExperts:
 
 def make_layer(cell: Cell, device: str, dtype: torch.dtype) -> FusedExperts | NeuronExperts:
     """Make the layer of a cell with random weights."""
-    make = make_packed if cell.packed else make_fused
-    return make(cell, device, dtype)
+    made = (make_packed if cell.packed else make_fused)(cell, device, dtype)
+    if made.fast_compute is None:
+        raise SystemExit("moefuse is not installed here, so its kernels would not be found.")
+    return made
 
 
 def make_original(cell: Cell, device: str, dtype: torch.dtype) -> Any:
@@ -305,8 +307,6 @@ def measure(
 
         return [lambda module=module: run(module) for module in layers]
 
-    if layer.fast_compute is None:
-        raise SystemExit("moefuse is not installed here, so its kernels are not found.")
     if clock.cuda:
         ways["fused, Triton"] = fused_way("triton")
     elif not cell.packed:
