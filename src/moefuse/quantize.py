@@ -28,7 +28,7 @@ from moefuse.config import DistillConfig, QuantizeConfig, build, parse_bytes
 from moefuse.console import track
 from moefuse.distillation.loop import DistillResult
 from moefuse.distillation.predictions import SEQUENCES, divergence, learn_predictions
-from moefuse.distillation.rounded import refit_layer
+from moefuse.distillation.rounded import LearntRounding, refit_layer
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
@@ -65,6 +65,8 @@ REFIT = DistillConfig(
 """How layers learn to make up for rounding; measured in docs/research.md, section 17."""
 PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, warmup=0.05)
 """How deltas and scales learn predictions, all at one rate; measured there, too."""
+CODES_SCALE_RATE = 8e-4
+"""The rate of the scales of bases' codes beside it, which are counted in shares of themselves."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class _Job:
         check_own(self.work, OWN_ENTRIES)
         self.tokens: list[tuple[Tensor, Tensor]] = [] if options.data is None else self._text()
         self.seen: list[tuple[Tensor, Tensor]] = []
-        self.weights: dict[str, Tensor] = {}
+        self.rounded: dict[str, Rounded] = {}
         self.stored_bytes: dict[str, int] = {}
         self.refitted: list[DistillResult] = []
         self.predictions: Predictions | None = None
@@ -328,7 +330,7 @@ class _Job:
 
     def _stored(self, name: str, rounded: Rounded) -> Iterator[tuple[str, Tensor]]:
         if self.options.prediction_steps:
-            self.weights[f"{name}.weight"] = rounded.weight()
+            self.rounded[name] = rounded
         stored = compressed.parts(name, rounded, compressed.LAYOUTS[self.scheme])
         self.stored_bytes[name] = sum(tensor.nbytes for tensor in stored.values())
         yield from stored.items()
@@ -370,40 +372,63 @@ class _Job:
         return bases, {name: tensor.to(dtypes[name]) for name, tensor in rest.items()}
 
     def _predicting(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield ``tensors`` of the quantised student, what experts have of their own taught by
-        predictions."""
+        """Yield ``tensors`` of the quantised student, what experts have of their own and the
+        scales of bases' codes taught by predictions."""
         before = load_fused(self.reader.directory, dtype=torch.float32).eval()
         after = deepcopy(before)
         state = after.state_dict()
         known = {name: tensor for name, tensor in tensors.items() if name in state}
-        after.load_state_dict({**known, **self.weights}, strict=False)
+        weights = {f"{name}.weight": rounded.weight() for name, rounded in self.rounded.items()}
+        after.load_state_dict({**known, **weights}, strict=False)
+        sequences = self._longest_sequences()
+        some = sequences[:SEQUENCES]
+        began = divergence(before, after, some)
+
         paths = tuple(f"{self.reader.family.experts_path(n)}." for n in self.reader.shape.layers)
-        names = [
-            name
-            for name, _ in after.named_parameters()
-            if name.startswith(paths) and name in tensors and ".bases." not in name
-        ]
+        own = [name for name, _ in after.named_parameters() if name.startswith(paths)]
+        own = [name for name in own if name in tensors and ".bases." not in name]
+        linears = self._learning_bases(after, paths)
+        rates = dict.fromkeys(own, PREDICTIONS.delta_learning_rate)
+        rates |= {f"{name}.scale": CODES_SCALE_RATE for name in linears}
+        options = replace(PREDICTIONS, steps=self.options.prediction_steps)
+        learnt = learn_predictions(
+            before, after, rates, sequences, options,
+            seed=self.options.seed, progress=partial(track, description="Learn predictions"),
+        )  # fmt: skip
+
+        stored = {name: learnt[name].to(tensors[name].dtype) for name in own}
+        after.load_state_dict(stored, strict=False)
+        for name, linear in linears.items():
+            rounded = after.get_submodule(name).rounded()  # type: ignore[operator]
+            linear.weight.data.copy_(rounded.weight())
+            after.set_submodule(name, linear)
+            stored |= dict(self._stored(name, rounded))
+        taught = [self.own, "the scales of bases' codes"] if linears else [self.own]
+        self.predictions = Predictions(
+            self.options.prediction_steps, " and ".join(taught), len(some), began,
+            divergence(before, after, some),
+        )  # fmt: skip
+        yield from {**tensors, **stored}.items()
+
+    def _longest_sequences(self) -> list[Tensor]:
         sequences = [
             ids_S[mask_S.bool()]
             for ids, mask in self.tokens
             for ids_S, mask_S in zip(ids, mask, strict=True)
         ]
         longest = max(map(len, sequences))
-        sequences = [ids_S for ids_S in sequences if len(ids_S) == longest]
-        options = replace(PREDICTIONS, steps=self.options.prediction_steps)
-        some = sequences[:SEQUENCES]
-        began = divergence(before, after, some)
-        learnt = learn_predictions(
-            before, after, names, sequences, options,
-            seed=self.options.seed, progress=partial(track, description="Learn predictions"),
-        )  # fmt: skip
-        stored = {name: learnt[name].to(tensors[name].dtype) for name in names}
-        after.load_state_dict(stored, strict=False)
-        self.predictions = Predictions(
-            self.options.prediction_steps, self.own, len(some), began,
-            divergence(before, after, some),
-        )  # fmt: skip
-        yield from {**tensors, **stored}.items()
+        return [ids_S for ids_S in sequences if len(ids_S) == longest]
+
+    def _learning_bases(self, model: Any, paths: tuple[str, ...]) -> dict[str, Any]:
+        """Let the scales of whole-number codes of bases learn; return what stood in their place."""
+        if self.grid is None or not whole_codes(self.scheme):
+            return {}
+        linears = {}
+        for name, rounded in self.rounded.items():
+            if name.startswith(paths) and ".bases." in name:
+                linears[name] = model.get_submodule(name)
+                model.set_submodule(name, LearntRounding(rounded.weight(), rounded, self.grid))
+        return linears
 
     def _module(self, layer: int) -> FusedExperts:
         """Read a layer's fused experts, with what joins their gate and up."""

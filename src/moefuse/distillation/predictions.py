@@ -1,11 +1,12 @@
 """A student with rounded bases learns to predict what it predicted before they were rounded.
 
 Layer by layer a delta makes up for little of what rounding loses: it has few numbers, and errors
-are as many as a base has. Asked for the model's predictions instead, the same few numbers make up
-for more than half (docs/research.md, section 17). The whole model is in memory, twice.
+are as many as a base has. Asked for the model's predictions instead, the same few numbers, and the
+scales of the codes, make up for more than half (docs/research.md, section 17). The whole model is
+in memory, twice.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,23 +23,23 @@ SEQUENCES = 4
 def learn_predictions(
     before: Any,
     after: Any,
-    names: Iterable[str],
+    rates: Mapping[str, float],
     sequences: Sequence[Tensor],
     options: DistillConfig,
     *,
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, Tensor]:
-    """Train the parameters ``names`` of the model ``after`` to predict what ``before`` predicts.
+    """Train parameters of the model ``after`` to predict what ``before`` predicts.
 
-    Both in fp32 and in evaluation mode; ``sequences`` are token ids (S,) each. Returns the
-    parameters as they were learnt. The loss is the mean over tokens of KL(before || after).
+    ``rates`` are the learning rates of those that learn, by name. Both models in fp32 and in
+    evaluation mode; ``sequences`` are token ids (S,) each. Returns the parameters as they were
+    learnt. The loss is the mean over tokens of KL(before || after).
     """
     after.requires_grad_(False)
-    learning = {name: after.get_parameter(name).requires_grad_(True) for name in names}
-    optimizer = torch.optim.AdamW(
-        learning.values(), lr=options.delta_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    learning = {name: after.get_parameter(name).requires_grad_(True) for name in rates}
+    groups = [{"params": [parameter], "lr": rates[name]} for name, parameter in learning.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, options.steps, options.warmup)
     )
