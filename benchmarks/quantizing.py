@@ -45,7 +45,6 @@ CASES: dict[str, dict[str, Any]] = {
     "w4a16, plain": {"scheme": "w4a16", **PLAIN},
     "w4a16": {"scheme": "w4a16", **DATA},
     "w4a16, refit": {"scheme": "w4a16", **REFIT},
-    "w4a16, predictions": {"scheme": "w4a16", **TEXT, "refit": False, "prediction_steps": 120},
     "w4a16, refit, predictions": {"scheme": "w4a16", **REFIT, "prediction_steps": 120},
     "gptq": {"scheme": "gptq", **DATA},
     "gptq, refit": {"scheme": "gptq", **REFIT},
@@ -135,9 +134,14 @@ def measure(path: Path, texts: Path, fused: Path, method: str) -> dict[str, floa
                 wanted = judge(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
                 total[name] += float((wanted.exp() * (wanted - got)).sum())
             count += len(ids) - 1
-    disk = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    disk = disk_of(path)
     means = {name: value / count for name, value in total.items()}
     return {**means, "disk": disk, "memory": memory, "speed": speed}
+
+
+def disk_of(path: Path) -> int:
+    """Return the bytes of a checkpoint's weights."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def measured_apart(path: Path, texts: Path, fused: Path, method: str = "") -> dict[str, float]:
@@ -145,8 +149,16 @@ def measured_apart(path: Path, texts: Path, fused: Path, method: str = "") -> di
     command = [sys.executable, __file__, "--measure", str(path), str(texts), str(fused), method]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
-        raise RuntimeError(f"{path} was not measured:\n{ran.stderr[-2000:]}")
+        raise NotMeasuredError(path, ran.stderr)
     return json.loads(ran.stdout.splitlines()[-1])
+
+
+class NotMeasuredError(RuntimeError):
+    """What the process that was to measure a model ended with; ``reason`` is its last line."""
+
+    def __init__(self, path: Path, printed: str) -> None:
+        super().__init__(f"{path} was not measured:\n{printed[-2000:]}")
+        self.reason = printed.strip().splitlines()[-1].partition(" For details")[0]
 
 
 def write_texts(path: Path, tokens: int) -> None:
@@ -160,6 +172,8 @@ def write_texts(path: Path, tokens: int) -> None:
 
 def cell(row: dict[str, Any]) -> str:
     """Return a row's figures as cells of a table in Markdown."""
+    if "reason" in row:
+        return f"not loaded: {row['reason']} |  |  | {row['disk'] / 1e6:.2f} MB |  | "
     sizes = f"{row['disk'] / 1e6:.2f} MB | {row['memory'] / 1e6:.0f} MB"
     fused = "" if row["added"] is None else f"{row['added']:+.5f} | {row['kl_fused']:.5f}"
     return f"{row['kl']:.5f} | {fused or ' | '} | {sizes} | {row['speed']:.0f}"
@@ -185,8 +199,29 @@ def main() -> None:
         report(rows, given.held_out)
 
 
+class Rows(list[dict[str, Any]]):
+    """The table's rows as they are measured; every one is printed as it comes."""
+
+    def __init__(self, texts: Path, fused: Path) -> None:
+        super().__init__()
+        self.texts, self.fused = texts, fused
+
+    def add(self, name: str, path: Path, method: str = "") -> None:
+        """Measure a model. One of the teacher that cannot be loaded says so; others end all."""
+        try:
+            row: dict[str, Any] = measured_apart(path, self.texts, self.fused, method)
+        except NotMeasuredError as error:
+            if name.startswith("fused"):
+                raise
+            row = {"disk": disk_of(path), "reason": error.reason}
+        begun = self[0]["kl"] if self else row["kl"]
+        added = row["kl"] - begun if name.startswith("fused") else None
+        self.append({"model": name, **row, "added": added})
+        print(f"| {name} | {cell(self[-1])} |", flush=True)
+
+
 def measured(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Make what is not there yet and measure it; every row is printed as it comes."""
+    """Make what is not there yet and measure it."""
     out: Path = given.out
     out.mkdir(parents=True, exist_ok=True)
     fused, texts = out / "fused", out / "texts.json"
@@ -195,39 +230,31 @@ def measured(given: argparse.Namespace) -> list[dict[str, Any]]:
         sizes = {"groups": GROUPS, "tokens": 98_304, "steps": 120}
         fuse(demo.teacher_path(), fused, {**sizes, **seed})
     write_texts(texts, given.held_out)
-    rows: list[dict[str, Any]] = []
-
-    def add(name: str, path: Path, method: str = "") -> None:
-        row = {"model": name, **measured_apart(path, texts, fused, method)}
-        of_fused = name.startswith("fused")
-        begun = rows[0]["kl"] if rows else row["kl"]
-        rows.append({**row, "added": row["kl"] - begun if of_fused else None})
-        print(f"| {name} | {cell(rows[-1])} |", flush=True)
-
-    def wanted(name: str) -> bool:
-        return not given.only or any(part.strip() == name for part in given.only.split(";"))
-
-    add("fused, bf16", fused)
+    rows = Rows(texts, fused)
+    rows.add("fused, bf16", fused)
+    text = {"tokens": given.tokens, "steps": given.steps, **seed}
+    only = [part.strip() for part in given.only.split(";") if part]
     for name, values in CASES.items():
-        made = out / name.replace(", ", "-").replace(" ", "-")
-        if not wanted(name):
+        if only and name not in only:
             continue
+        made = out / name.replace(", ", "-").replace(" ", "-")
         if not made.exists():
-            text = (
-                {"tokens": given.tokens, "steps": given.steps, **seed} if "data" in values else {}
-            )
-            quantize(fused, made, {**values, **text})
-        add(f"fused, {name}", made)
-    if given.only:
-        return rows
-    add("teacher, bf16", demo.teacher_path())
+            quantize(fused, made, {**values, **(text if "data" in values else {})})
+        rows.add(f"fused, {name}", made)
+    if not only:
+        add_teacher(rows, out)
+    return rows
+
+
+def add_teacher(rows: Rows, out: Path) -> None:
+    """Measure the unfused teacher as it is and under the schemes that it can be had in."""
+    rows.add("teacher, bf16", demo.teacher_path())
     for scheme in ON_TEACHER:
         made = out / f"teacher-{scheme}"
         if not made.exists():
             quantize_teacher(scheme, made)
-        add(f"teacher, {scheme}", made)
-    add("teacher, nf4 (experts skipped)", demo.teacher_path(), "nf4")
-    return rows
+        rows.add(f"teacher, {scheme}", made)
+    rows.add("teacher, nf4 (experts skipped)", demo.teacher_path(), "nf4")
 
 
 def report(rows: list[dict[str, Any]], tokens: int) -> None:
