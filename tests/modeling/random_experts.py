@@ -1,5 +1,6 @@
 """Fused experts with random weights and random calls of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,17 @@ GATINGS = {
     "plain": PlainGating(torch.nn.functional.silu),
     "clamped": ClampedGating(alpha=1.7, limit=1.0),
 }
+
+STRANGE: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda module: module.bases[0].double(), "weights are torch.float64"),
+    (lambda module: setattr(module, "delta", torch.nn.Identity()), "low-rank deltas alone"),
+    (
+        lambda module: setattr(module.bases[0], "down_proj", torch.nn.Identity()),
+        "a base is a Identity",
+    ),
+    (lambda module: module.__delattr__("bases"), "not of own neurons"),
+]
+"""What makes of a module one that no fast way of its bases computes, and what is told then."""
 
 
 def random_experts(
