@@ -71,6 +71,31 @@ def test_what_is_not_asked_for_stays(home: Path, tmp_path: Path) -> None:
             assert torch.equal(made[name], tensor), name
 
 
+@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("predictions", [0, 1])
+def test_deltas_at_few_bits(home: Path, tmp_path: Path, bits: str, predictions: int) -> None:
+    values = settings(home, "w4a16", refit=False, delta_bits=bits, prediction_steps=predictions)
+
+    result = quantize(home / "student", tmp_path / "out", values)
+
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    config = read_json(tmp_path / "out" / "config.json")
+    assert {layer["delta"] for layer in config["moefuse"]["layers"].values()} == {
+        f"low_rank_{bits}_bits"
+    }
+    layers = StudentReader.of(home / "student").shape.layers
+    deltas = {name: t for name, t in made.items() if ".delta." in name}
+    assert len(deltas) == len(layers) * 4 * 3
+    routed = sum(t.nbytes for name, t in made.items() if ".experts." in name)
+    numbers = sum(
+        t.numel()
+        for name, t in load_file(home / "student" / "model.safetensors").items()
+        if ".experts." in name
+    )
+    shapes = sum(t.nbytes for name, t in made.items() if name.endswith("weight_shape"))
+    assert result.bits == pytest.approx(8 * (routed - shapes) / numbers, rel=0.02)
+
+
 def test_attention_and_shared_experts_by_choice(home: Path, tmp_path: Path) -> None:
     what = "bases,shared,attention,dense"
 

@@ -408,6 +408,11 @@ class QuantizeConfig:
     what: str = setting(
         "bases", "What is rounded, with commas between: bases, shared, attention, dense."
     )
+    delta_bits: str = setting(
+        "16",
+        "Bits of a number of deltas, in moefuse's own packed form; 16 leaves them as they are.",
+        choices=("16", "8", "4", "3", "2"),
+    )
     refit: bool | None = setting(
         None,
         "Let every layer learn from the text to make up for its rounding. [default: with --data, "

@@ -33,6 +33,7 @@ from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
 from moefuse.export.quantized.card import quantized_card
+from moefuse.export.quantized.deltas import DELTA, code_deltas, with_coded_deltas, with_delta_kind
 from moefuse.export.quantized.layers import BASES, chosen, linear_layers
 from moefuse.export.quantized.result import Predictions, QuantizeResult, Refit, Seen
 from moefuse.export.quantized.schemes import (
@@ -135,6 +136,7 @@ class _Job:
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.rounded: dict[str, Rounded] = {}
         self.stored_bytes: dict[str, int] = {}
+        self.delta_bytes = 0
         self.refitted: list[DistillResult] = []
         self.predictions: Predictions | None = None
 
@@ -238,13 +240,15 @@ class _Job:
             if self.options.prediction_steps:
                 tensors = self._predicting(dict(tensors))
             with ShardedWriter(partial, self.max_shard_bytes) as writer:
-                for name, tensor in tensors:
+                for name, tensor in with_coded_deltas(tensors, self.options.delta_bits):
                     writer.add(name, tensor)
+                    self.delta_bytes += tensor.nbytes if DELTA in name else 0
             stay = [name for name in self.kinds if name not in set(self.names)]
             settings = compressed.settings(layout, self.grid, stay)
         self.reader.copy_auxiliary_files(partial)
         shutil.copyfile(TRAVELLING_FILE, partial / TRAVELLING_FILE.name)
-        config = {**read_config(self.reader.directory), "quantization_config": settings}
+        config = with_delta_kind(read_config(self.reader.directory), self.options.delta_bits)
+        config["quantization_config"] = settings
         artifacts.write_json(partial / CONFIG, config)
         result = self._result(size_of(partial))
         artifacts.write_text(
@@ -267,6 +271,7 @@ class _Job:
                     rounded[f"bases.{name}"] = libraries.weight_of(linear)
             _, rest = self._refitted(layer, given, rounded, store)
             made.load_state_dict(rest, strict=False)
+            self.delta_bytes += code_deltas(made, self.options.delta_bits)
         self.stored_bytes = libraries.stored(model, self.names)
         return libraries.save(model, partial, self.max_shard_bytes)
 
@@ -462,9 +467,13 @@ class _Job:
         paths = tuple(f"{reader.family.experts_path(layer)}." for layer in shape.layers)
         routed = {name: t for name, t in reader.tensors.items() if name.startswith(paths)}
         rounded = {f"{name}.weight" for name in self.names}
-        as_before = sum(t.stored_bytes for name, t in routed.items() if name not in rounded)
+        as_before = sum(
+            t.stored_bytes
+            for name, t in routed.items()
+            if name not in rounded and DELTA not in name
+        )
         bases = sum(self.stored_bytes[n] for n in self.names if self.kinds[n] == BASES)
-        bits = 8 * (as_before + bases)
+        bits = 8 * (as_before + bases + self.delta_bytes)
         return QuantizeResult(
             out=self.out,
             scheme=self.scheme,

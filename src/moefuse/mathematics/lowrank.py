@@ -57,6 +57,18 @@ def low_rank(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return b_OR, torch.nn.functional.pad(a_RI, (0, 0, 0, missing))
 
 
+def balanced_factors(b_OR: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same shapes and product ``b a`` as ``low_rank`` would give.
+
+    B's columns and A's rows are then orthogonal, the greatest first, and a rank's column as long
+    as its row. Only matrices of R x R are decomposed, after both factors' QR decompositions.
+    """
+    q_OK, upper_KR = torch.linalg.qr(b_OR)
+    q_IL, upper_LR = torch.linalg.qr(a_RI.mT)
+    b_KR, a_RL = low_rank(upper_KR @ upper_LR.mT, b_OR.shape[-1])
+    return q_OK @ b_KR, a_RL @ q_IL.mT
+
+
 def leading_triplets(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular vectors and values: (O, R), (R,) and (R, I); see the module."""
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any
 from weakref import WeakValueDictionary
@@ -228,7 +228,77 @@ class LowRankDelta(nn.Module):
         return expert_linear(inner_NR, self.down_b, rows_per_expert)
 
 
-DELTA_KINDS: dict[str, Callable[[int, int, int, int], nn.Module]] = {"low_rank": LowRankDelta}
+class CodedLowRankDelta(LowRankDelta):
+    """``LowRankDelta`` with factors of few bits, for use without gradients.
+
+    Every expert's R rows of each A, and R columns of each B, have a scale of their own; they are
+    ``gate_up_in`` (E, R, D), ``gate_up_out`` (E, R, 2F), ``down_in`` (E, R, F) and ``down_out``
+    (E, R, D). Those of the chosen experts alone are decoded.
+    """
+
+    def __init__(
+        self, experts: int, hidden: int, intermediate: int, rank: int, *, bits: str
+    ) -> None:
+        nn.Module.__init__(self)
+        down_rank = min(rank, hidden, intermediate)
+        self.gate_up_in = CodedRows(bits, experts, rank, hidden)
+        self.gate_up_out = CodedRows(bits, experts, rank, 2 * intermediate)
+        self.down_in = CodedRows(bits, experts, down_rank, intermediate)
+        self.down_out = CodedRows(bits, experts, down_rank, hidden)
+
+    def reset_parameters(self) -> None:
+        """Start as nothing."""
+        for outer in (self.gate_up_out, self.down_out):
+            nn.init.zeros_(outer.scale)
+
+    @property
+    def gate_up_a(self) -> Tensor:
+        """The factor A of gate and up, (E, R, D)."""
+        return self.gate_up_in.read_parts(slice(None))
+
+    @property
+    def gate_up_b(self) -> Tensor:
+        """The factor B of gate and up, (E, 2F, R)."""
+        return self.gate_up_out.read_parts(slice(None)).mT
+
+    @property
+    def down_a(self) -> Tensor:
+        """The factor A of down, (E, R, F)."""
+        return self.down_in.read_parts(slice(None))
+
+    @property
+    def down_b(self) -> Tensor:
+        """The factor B of down, (E, D, R)."""
+        return self.down_out.read_parts(slice(None)).mT
+
+    def gate_up(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """Return what the deltas add to gate and up, (N, 2F), for rows sorted by expert."""
+        return _of_chosen(x_ND, self.gate_up_in, self.gate_up_out, rows_per_expert)
+
+    def down(self, z_NF: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """Return what the deltas add to the output, (N, D), for rows sorted by expert."""
+        return _of_chosen(z_NF, self.down_in, self.down_out, rows_per_expert)
+
+
+def _of_chosen(
+    x_NI: Tensor, inner: "CodedRows", outer: "CodedRows", rows_per_expert: list[int]
+) -> Tensor:
+    chosen = [expert for expert, rows in enumerate(rows_per_expert) if rows]
+    chosen_U = torch.tensor(chosen, dtype=torch.int64, device=x_NI.device)
+    rows = [rows_per_expert[expert] for expert in chosen]
+    inner_NR = expert_linear(x_NI, inner.read_parts(chosen_U).to(x_NI.dtype), rows)
+    if not chosen:
+        return x_NI.new_zeros(0, outer.width)
+    return expert_linear(inner_NR, outer.read_parts(chosen_U).mT.to(x_NI.dtype), rows)
+
+
+DELTA_KINDS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+    "low_rank": LowRankDelta,
+    **{
+        f"low_rank_{bits}_bits": partial(CodedLowRankDelta, bits=bits)
+        for bits in ("2", "3", "4", "8")
+    },
+}
 
 
 class OpaqueExperts(nn.Module):
@@ -614,9 +684,16 @@ class CodedRows(nn.Module):
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return some of the rows, (parts, stop - start, width), in the dtype of the scales."""
-        code_PMC = unpack_codes(self.codes[:, start:stop], self.code_bits, self.count)
+        return self._decoded(self.codes[:, start:stop], self.scale[:, start:stop])
+
+    def read_parts(self, part_U: Tensor | slice) -> Tensor:
+        """Return all rows of some parts, (U, rows, width), in the dtype of the scales."""
+        return self._decoded(self.codes[part_U], self.scale[part_U])
+
+    def _decoded(self, packed_PMB: Tensor, scale_PM: Tensor) -> Tensor:
+        code_PMC = unpack_codes(packed_PMB, self.code_bits, self.count)
         rows_PMI = self.codebook[code_PMC].flatten(-2)[..., : self.width]
-        return rows_PMI * self.scale[:, start:stop, None]
+        return rows_PMI * scale_PM.unsqueeze(-1)
 
 
 def unpack_codes(packed_B: Tensor, code_bits: int, count: int) -> Tensor:
