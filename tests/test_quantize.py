@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from students import student_of
+from torch import Tensor
 
 import moefuse
 from moefuse import corpus
@@ -25,6 +26,7 @@ from moefuse.export.student_reader import StudentReader
 from moefuse.mathematics.divergence import forward_kl
 from moefuse.mathematics.integers import Grid, nearest, with_feedback
 from moefuse.mathematics.lowrank import expected_error
+from moefuse.modeling.modeling_moefuse import CodedLowRankDelta
 from moefuse.planning import plan_checkpoint
 from moefuse.quantize import quantize
 
@@ -63,7 +65,8 @@ def test_stored_numbers_stand_for_the_bases(home: Path, tmp_path: Path, scheme: 
 
 
 def test_what_is_not_asked_for_stays(home: Path, tmp_path: Path) -> None:
-    quantize(home / "student", tmp_path / "out", settings(home, "w8a8", refit=False))
+    values = settings(home, "w8a8", refit=False, delta_bits="16")
+    quantize(home / "student", tmp_path / "out", values)
 
     made = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in load_file(home / "student" / "model.safetensors").items():
@@ -71,29 +74,67 @@ def test_what_is_not_asked_for_stays(home: Path, tmp_path: Path) -> None:
             assert torch.equal(made[name], tensor), name
 
 
-@pytest.mark.parametrize("bits", ["8", "4"])
-@pytest.mark.parametrize("predictions", [0, 1])
-def test_deltas_at_few_bits(home: Path, tmp_path: Path, bits: str, predictions: int) -> None:
-    values = settings(home, "w4a16", refit=False, delta_bits=bits, prediction_steps=predictions)
+def with_factors(tensors: dict[str, Tensor], student: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a quantised student's tensors with deltas' factors, by the student's names."""
+    told = {name: t for name, t in tensors.items() if ".delta." not in name}
+    for stem in {name.rpartition(".")[0] for name in student if ".delta." in name}:
+        parts = {n.removeprefix(f"{stem}."): t for n, t in tensors.items() if n.startswith(stem)}
+        experts, rank, hidden = student[f"{stem}.gate_up_a"].shape
+        entries, _ = parts["gate_up_in.codebook"].shape
+        per_code = parts["gate_up_in.codebook"].shape[1]
+        bits = str((entries - 1).bit_length() // per_code)
+        width = student[f"{stem}.down_a"].shape[2]
+        delta = CodedLowRankDelta(experts, hidden, width, rank, bits=bits).to(torch.bfloat16)
+        delta.requires_grad_(False).load_state_dict(parts)
+        for name in ("gate_up_a", "gate_up_b", "down_a", "down_b"):
+            told[f"{stem}.{name}"] = getattr(delta, name)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("asked", "bits", "most"), [(None, 8, 0.015), ("8", 8, 0.015), ("4", 4, 0.2)]
+)
+def test_deltas_at_few_bits(
+    home: Path, tmp_path: Path, asked: str | None, bits: int, most: float
+) -> None:
+    values = settings(home, "w4a16", refit=False, delta_bits=asked)
 
     result = quantize(home / "student", tmp_path / "out", values)
 
-    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert result.delta_bits == str(bits)
+    for words in told(result):
+        assert f"Deltas take {bits} bits a number" in words
     config = read_json(tmp_path / "out" / "config.json")
-    assert {layer["delta"] for layer in config["moefuse"]["layers"].values()} == {
-        f"low_rank_{bits}_bits"
-    }
-    layers = StudentReader.of(home / "student").shape.layers
-    deltas = {name: t for name, t in made.items() if ".delta." in name}
-    assert len(deltas) == len(layers) * 4 * 3
-    routed = sum(t.nbytes for name, t in made.items() if ".experts." in name)
-    numbers = sum(
-        t.numel()
-        for name, t in load_file(home / "student" / "model.safetensors").items()
-        if ".experts." in name
-    )
-    shapes = sum(t.nbytes for name, t in made.items() if name.endswith("weight_shape"))
-    assert result.bits == pytest.approx(8 * (routed - shapes) / numbers, rel=0.02)
+    kinds = {layer["delta"] for layer in config["moefuse"]["layers"].values()}
+    assert kinds == {f"low_rank_{bits}_bits"}
+    student = load_file(home / "student" / "model.safetensors")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    codes = sum(t.numel() for n, t in made.items() if ".delta." in n and n.endswith(".codes"))
+    factors = [name for name in student if ".delta." in name]
+    assert codes == sum(student[name].numel() for name in factors) * bits // 8
+    read = with_factors(made, student)
+    for stem in {name[:-2] for name in factors}:
+        wanted, got = (t[f"{stem}_b"].float() @ t[f"{stem}_a"].float() for t in (student, read))
+        assert float((got - wanted).norm() / wanted.norm()) < most, stem
+
+
+@pytest.mark.parametrize(("asked", "kind"), [(None, "low_rank"), ("16", "low_rank"), ("8", None)])
+def test_students_without_deltas(
+    home: Path, tmp_path: Path, asked: str | None, kind: str | None
+) -> None:
+    plain = student_of(tmp_path, "deepseek_v2", groups=3, rank=0)
+    values = {"scheme": "w8a8", "delta_bits": asked}
+
+    if kind is None:
+        with pytest.raises(UserError, match="--delta-bits 8 is for deltas of low rank"):
+            quantize(plain, tmp_path / "out", values)
+        assert not (tmp_path / "out").exists()
+        return
+    result = quantize(plain, tmp_path / "out", values)
+
+    assert result.delta_bits is None and "Deltas" not in " ".join(told(result))
+    config = read_json(tmp_path / "out" / "config.json")
+    assert {layer["delta"] for layer in config["moefuse"]["layers"].values()} == {kind}
 
 
 def test_attention_and_shared_experts_by_choice(home: Path, tmp_path: Path) -> None:
@@ -145,6 +186,7 @@ def test_every_base_sees_more_tokens_than_an_expert(home: Path, tmp_path: Path) 
         ({"scheme": "w4a16", "refit": True}, "--data"),
         ({"scheme": "w4a16", "prediction_steps": 3}, "--data"),
         ({"scheme": "w3"}, "choose from"),
+        ({"scheme": "w4a16", "delta_bits": "5"}, "--delta-bits is '5'; choose from 16, 8, 4"),
         ({"scheme": "gptq"}, "--data"),
         ({"scheme": "w4a16", "what": "router"}, "--what"),
         ({"scheme": "w4a16", "group_size": 128}, "--group-size"),
@@ -301,7 +343,7 @@ def test_without_text_none_is_told(home: Path, tmp_path: Path) -> None:
 
 
 def test_predictions_leave_bases_that_were_not_rounded(home: Path, tmp_path: Path) -> None:
-    values = settings(home, "w8a8", what="attention", prediction_steps=5)
+    values = settings(home, "w8a8", what="attention", prediction_steps=5, delta_bits="16")
 
     result = quantize(home / "student", tmp_path / "out", values)
 
@@ -325,14 +367,19 @@ def test_a_work_directory_that_is_not_its_own_is_refused_and_left(
     assert kept.read_bytes() == b"of 'moefuse fuse'"
 
 
-@pytest.mark.parametrize("scheme", sorted(LAYOUTS))
-def test_a_plan_counts_what_is_then_on_disk(home: Path, tmp_path: Path, scheme: str) -> None:
-    group = {"group_size": 16} if LAYOUTS[scheme].grouped else {}
-    wish = {"groups": 3, "rank": 2, "scheme": scheme, **group}
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [*((scheme, None) for scheme in sorted(LAYOUTS)), ("fp8", "16"), ("fp8", "4")],
+)
+def test_a_plan_counts_what_is_then_on_disk(
+    home: Path, tmp_path: Path, scheme: str, bits: str | None
+) -> None:
+    more = {"delta_bits": bits, **({"group_size": 16} if LAYOUTS[scheme].grouped else {})}
+    wish = {"groups": 3, "rank": 2, "scheme": scheme, **more}
     planned = plan_checkpoint(home / "deepseek_v2-teacher", wish).plan
     assert planned is not None
 
-    quantize(home / "student", tmp_path / "out", settings(home, scheme))
+    quantize(home / "student", tmp_path / "out", settings(home, scheme, delta_bits=bits))
 
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert planned.bytes == sum(tensor.nbytes for tensor in stored.values())
@@ -363,6 +410,7 @@ def test_a_budget_goes_further_with_fewer_bits(home: Path) -> None:
         ({"groups": 2, "scheme": "w3"}, "choose from"),
         ({"bytes": "1MB", "form": "neurons", "scheme": "w8a16"}, "--form neurons"),
         ({"groups": 2, "group_size": 32}, "--scheme"),
+        ({"groups": 2, "delta_bits": "8"}, "--delta-bits is for a --scheme"),
         ({"groups": 2, "scheme": "w4a16", "group_size": 128}, "--group-size"),
         ({"groups": 2, "scheme": "w8a16", "group_size": 16}, "--group-size is for"),
     ],
@@ -409,7 +457,8 @@ def test_deltas_learn_what_the_student_predicted(home: Path, tmp_path: Path) -> 
         for tensors in found.values():
             after = moefuse.load(home / "student", dtype="float32")
             config = read_json(tmp_path / "plain" / "config.json")["quantization_config"]
-            own = {name: t for name, t in tensors.items() if name in student}
+            told = with_factors(tensors, student)
+            own = {name: t for name, t in told.items() if name in student}
             for name in student.keys() - own.keys():
                 stem = name.removesuffix(".weight")
                 parts = {

@@ -25,6 +25,7 @@ DELTA_KINDS = ("low_rank",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("transformers", "vllm")
 LARGEST_SEED = 2**32 - 1
+DELTA_BITS = ("16", "8", "4")
 
 Stage = TypeVar("Stage")
 
@@ -408,10 +409,11 @@ class QuantizeConfig:
     what: str = setting(
         "bases", "What is rounded, with commas between: bases, shared, attention, dense."
     )
-    delta_bits: str = setting(
-        "16",
-        "Bits of a number of deltas, in moefuse's own packed form; 16 leaves them as they are.",
-        choices=("16", "8", "4", "3", "2"),
+    delta_bits: str | None = setting(
+        None,
+        "Bits of a number of deltas: 8 or 4 in moefuse's own packed form, 16 as they are. "
+        "[default: 8]",
+        choices=DELTA_BITS,
     )
     refit: bool | None = setting(
         None,
@@ -461,6 +463,9 @@ class StoreConfig:
         None,
         "Numbers that share a scale in that scheme. [default: 128, 64 or 32, as they fit]",
         at_least=1,
+    )
+    delta_bits: str | None = setting(
+        None, "Bits of a number of deltas beside that scheme. [default: 8]", choices=DELTA_BITS
     )
 
 

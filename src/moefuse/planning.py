@@ -1,7 +1,8 @@
 """``moefuse plan``: what a size costs, from headers alone, and how plans and results are shown."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from moefuse.config import (
 from moefuse.devices import choose_device, choose_dtype, stored_dtype
 from moefuse.errors import UserError
 from moefuse.evaluation.forecast import Expected, Forecast, read_experience
+from moefuse.export.quantized.deltas import DEFAULT_BITS, stored_kind
 from moefuse.export.quantized.schemes import bytes_of_bases
 from moefuse.families import Family, family_of
 from moefuse.families.base import optional
@@ -49,7 +51,7 @@ from moefuse.fusion.plan import (
     make_plan,
     matrix_rate,
 )
-from moefuse.sizes import LayerPlan, Plan
+from moefuse.sizes import LayerPlan, Plan, Storing
 
 COMMON_VRAM = (8, 12, 16, 24, 48, 80)
 """Sizes of common graphics cards, in GB."""
@@ -62,7 +64,7 @@ class Planned:
 
     ``plan`` and ``estimate`` are None where the unfused teacher fits the memory that was asked
     for; ``serving`` and ``memory`` are None where no context was given, ``quality`` where no
-    measured grid was, ``scheme`` where bases will not be quantised.
+    measured grid was; ``store`` tells by what scheme the student will be quantised, if by any.
     """
 
     source: str
@@ -71,7 +73,7 @@ class Planned:
     serving: Serving | None = None
     memory: Memory | None = None
     quality: Forecast | None = None
-    scheme: str | None = None
+    store: StoreConfig = field(default_factory=StoreConfig)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``teacher_fits`` tells that nothing has to be fused."""
@@ -79,7 +81,8 @@ class Planned:
             "source": self.source,
             "teacher_fits": self.plan is None,
             **(self.plan.to_json() if self.plan else {}),
-            "scheme": self.scheme,
+            "scheme": self.store.scheme,
+            "delta_bits": self.store.delta_bits,
             "estimate": asdict(self.estimate) if self.estimate else None,
             "serving": asdict(self.serving) if self.serving else None,
             "memory": self.memory.to_json() if self.memory else None,
@@ -136,7 +139,7 @@ def plan_checkpoint(
     if serving is None:
         plan = make_plan(teacher, size, factor)
         expected = _expected(headers, family, teacher, plan, values)
-        return Planned(str(checkpoint), plan, expected, scheme=store.scheme)
+        return Planned(str(checkpoint), plan, expected, store=store)
     needs = running_needs(headers.config, family, serving)
     vram = _vram(build(MemoryConfig, values), size)
     if vram is None:
@@ -149,7 +152,7 @@ def plan_checkpoint(
         _expected(headers, family, teacher, plan, values) if plan else None,
         serving,
         memory_of(plan.bytes if plan else teacher.bytes, needs, vram),
-        scheme=store.scheme,
+        store=store,
     )
 
 
@@ -220,14 +223,16 @@ def _wishes(values: Mapping[str, Any]) -> tuple[SizeConfig, FactorConfig]:
 def _stored_by(
     store: StoreConfig, teacher: Teacher, size: SizeConfig
 ) -> tuple[Teacher, SizeConfig]:
-    """Let the planner count bases as a quantiser's scheme stores them, if one is named.
+    """Let the planner count bases and deltas as a quantiser's scheme stores them, if one is named.
 
     Own neurons have no bases, so a budget alone then chooses bases and deltas. Raises ``UserError``
     for a scheme or group size that cannot be had.
     """
     if store.scheme is None:
-        if store.group_size is not None:
-            raise UserError("--group-size is for a --scheme that bases are stored by; add one.")
+        for name in ("group_size", "delta_bits"):
+            if getattr(store, name) is not None:
+                flag = flag_of(name)
+                raise UserError(f"{flag} is for a --scheme that bases are stored by; add one.")
         return teacher, size
     if size.form not in ("auto", "low-rank"):
         raise UserError(
@@ -236,7 +241,8 @@ def _stored_by(
         )
     widths = {teacher.shape.hidden, teacher.shape.intermediate}
     stored = bytes_of_bases(store.scheme, widths, store.group_size, teacher.itemsize)
-    return replace(teacher, base_bytes=stored), replace(size, form="low-rank")
+    storing = Storing(stored, partial(stored_kind, bits=store.delta_bits or DEFAULT_BITS))
+    return replace(teacher, storing=storing), replace(size, form="low-rank")
 
 
 def _headers_of(
@@ -329,8 +335,8 @@ def render_plan(planned: Planned) -> Table:
         table.add_row("student", "none needed: the teacher fits as it is")
     else:
         _add_layers(table, planned.plan, "energy of the experts lost, forecast")
-        if planned.scheme is not None:
-            table.add_row("bases stored by", f"moefuse quantize --scheme {planned.scheme}")
+        if planned.store.scheme is not None:
+            table.add_row("bases and deltas stored by", _quantize_told(planned.store))
     if planned.quality is not None:
         _add_quality(table, planned.quality)
     if planned.estimate is not None:
@@ -340,6 +346,11 @@ def render_plan(planned: Planned) -> Table:
     if planned.serving is not None and planned.memory is not None:
         _add_memory(table, planned.serving, planned.memory)
     return table
+
+
+def _quantize_told(store: StoreConfig) -> str:
+    given = {flag_of(name): value for name, value in asdict(store).items() if value is not None}
+    return " ".join(["moefuse quantize", *(f"{flag} {value}" for flag, value in given.items())])
 
 
 def _add_quality(table: Table, quality: Forecast) -> None:

@@ -33,7 +33,13 @@ from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
 from moefuse.export.quantized.card import quantized_card
-from moefuse.export.quantized.deltas import DELTA, code_deltas, with_coded_deltas, with_delta_kind
+from moefuse.export.quantized.deltas import (
+    as_stored,
+    bits_of,
+    code_deltas,
+    with_coded_deltas,
+    with_stored_kinds,
+)
 from moefuse.export.quantized.layers import BASES, chosen, linear_layers
 from moefuse.export.quantized.result import Predictions, QuantizeResult, Refit, Seen
 from moefuse.export.quantized.schemes import (
@@ -126,6 +132,7 @@ class _Job:
         self.kinds = linear_layers(self.reader)
         self.names = chosen(self.kinds, options.what)
         self.rounds_bases = any(self.kinds[name] == BASES for name in self.names)
+        self.delta_bits = bits_of(options.delta_bits, self.reader.plans.values())
         self.own = self._own_parts()
         self.refits = self._refits()
         self.grid = self._grid()
@@ -240,14 +247,16 @@ class _Job:
             if self.options.prediction_steps:
                 tensors = self._predicting(dict(tensors))
             with ShardedWriter(partial, self.max_shard_bytes) as writer:
-                for name, tensor in with_coded_deltas(tensors, self.options.delta_bits):
+                for name, tensor in with_coded_deltas(tensors, self.delta_bits):
                     writer.add(name, tensor)
-                    self.delta_bytes += tensor.nbytes if DELTA in name else 0
+                    self.delta_bytes += tensor.nbytes if self._is_delta(name) else 0
             stay = [name for name in self.kinds if name not in set(self.names)]
             settings = compressed.settings(layout, self.grid, stay)
         self.reader.copy_auxiliary_files(partial)
         shutil.copyfile(TRAVELLING_FILE, partial / TRAVELLING_FILE.name)
-        config = with_delta_kind(read_config(self.reader.directory), self.options.delta_bits)
+        config = with_stored_kinds(
+            read_config(self.reader.directory), self.reader.plans, self.delta_bits
+        )
         config["quantization_config"] = settings
         artifacts.write_json(partial / CONFIG, config)
         result = self._result(size_of(partial))
@@ -263,7 +272,8 @@ class _Job:
         model = libraries.load(self.reader, self.scheme, stay, self.grid)
         for layer in track(self.reader.shape.layers, "Quantise"):
             path = self.reader.family.experts_path(layer)
-            given, made = self._module(layer), model.get_submodule(path)
+            given = self._module(layer)
+            made: Any = model.get_submodule(path)
             self._moments(layer, given, store)
             rounded: dict[str, Tensor] = {}
             for name, linear in libraries.linears(made.get_submodule("bases")):
@@ -271,7 +281,7 @@ class _Job:
                     rounded[f"bases.{name}"] = libraries.weight_of(linear)
             _, rest = self._refitted(layer, given, rounded, store)
             made.load_state_dict(rest, strict=False)
-            self.delta_bytes += code_deltas(made, self.options.delta_bits)
+            self.delta_bytes += code_deltas(made, self.delta_bits)
         self.stored_bytes = libraries.stored(model, self.names)
         return libraries.save(model, partial, self.max_shard_bytes)
 
@@ -384,10 +394,11 @@ class _Job:
         state = after.state_dict()
         known = {name: tensor for name, tensor in tensors.items() if name in state}
         weights = {f"{name}.weight": rounded.weight() for name, rounded in self.rounded.items()}
-        after.load_state_dict({**known, **weights}, strict=False)
+        after.load_state_dict({**as_stored(known, self.delta_bits), **weights}, strict=False)
         sequences = self._longest_sequences()
         some = sequences[:SEQUENCES]
         began = divergence(before, after, some)
+        after.load_state_dict(known, strict=False)
 
         paths = tuple(f"{self.reader.family.experts_path(n)}." for n in self.reader.shape.layers)
         own = [name for name, _ in after.named_parameters() if name.startswith(paths)]
@@ -402,7 +413,7 @@ class _Job:
         )  # fmt: skip
 
         stored = {name: learnt[name].to(tensors[name].dtype) for name in own}
-        after.load_state_dict(stored, strict=False)
+        after.load_state_dict(as_stored(stored, self.delta_bits), strict=False)
         for name, linear in linears.items():
             rounded = after.get_submodule(name).rounded()  # type: ignore[operator]
             linear.weight.data.copy_(rounded.weight())
@@ -462,6 +473,12 @@ class _Job:
 
     # What comes of it.
 
+    def _is_delta(self, name: str) -> bool:
+        layer = self.reader.family.layer_of(name)
+        return layer in self.reader.plans and name.startswith(
+            f"{self.reader.family.experts_path(layer)}.delta."
+        )
+
     def _result(self, written: int) -> QuantizeResult:
         reader, shape = self.reader, self.reader.shape
         paths = tuple(f"{reader.family.experts_path(layer)}." for layer in shape.layers)
@@ -470,7 +487,7 @@ class _Job:
         as_before = sum(
             t.stored_bytes
             for name, t in routed.items()
-            if name not in rounded and DELTA not in name
+            if name not in rounded and not self._is_delta(name)
         )
         bases = sum(self.stored_bytes[n] for n in self.names if self.kinds[n] == BASES)
         bits = 8 * (as_before + bases + self.delta_bytes)
@@ -480,6 +497,7 @@ class _Job:
             what=self.options.what,
             bytes=written,
             student_bytes=size_of(reader.directory),
+            delta_bits=self.delta_bits if self.delta_bytes else None,
             bits=bits / sum(t.numel for t in routed.values()),
             teacher_bits=bits / (len(shape.layers) * shape.layer_numbers),
             base_bits=8

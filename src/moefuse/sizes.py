@@ -1,7 +1,7 @@
 """True sizes of fused experts: counted on the modules themselves, built without memory."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,15 @@ from moefuse.modeling.modeling_moefuse import (
 
 StoredBytes = Callable[[int, int], int]
 """How many bytes a linear layer of (O, I) numbers takes as a quantiser stores it."""
+
+
+@dataclass(frozen=True)
+class Storing:
+    """How ``moefuse quantize`` will store what is planned: what ``base_bytes`` tells of a base's
+    matrix, and deltas in the form that ``delta_kind`` names for a layer."""
+
+    base_bytes: StoredBytes
+    delta_kind: Callable[["LayerPlan"], str]
 
 
 @dataclass(frozen=True)
@@ -171,20 +180,22 @@ def layer_parameters(shape: MoeShape, plan: LayerPlan) -> int:
 
 
 def layer_bytes(
-    shape: MoeShape, plan: LayerPlan, itemsize: int, base_bytes: StoredBytes | None = None
+    shape: MoeShape, plan: LayerPlan, itemsize: int, storing: Storing | None = None
 ) -> int:
     """Count the bytes that one layer's fused experts take on disk, the group map included.
 
-    ``itemsize`` is the bytes of one number in the checkpoint's dtype; ``base_bytes`` tells those of
-    a base's matrix where a quantiser stores it otherwise.
+    ``itemsize`` is the bytes of one number in the checkpoint's dtype; ``storing`` tells those of
+    bases and deltas where a quantiser stores them otherwise.
     """
+    if storing is not None:
+        plan = replace(plan, delta=storing.delta_kind(plan))
     module = make_experts(shape, plan, "meta")
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     plain = sum(parameter.numel() for parameter in module.parameters()) * itemsize + buffers
-    if base_bytes is None or not isinstance(module, FusedExperts):
+    if storing is None or not isinstance(module, FusedExperts):
         return plain
     linears = [part for part in module.bases.modules() if isinstance(part, torch.nn.Linear)]
-    stored = sum(base_bytes(part.out_features, part.in_features) for part in linears)
+    stored = sum(storing.base_bytes(part.out_features, part.in_features) for part in linears)
     return plain + stored - sum(part.weight.numel() for part in linears) * itemsize
 
 

@@ -7,7 +7,7 @@ import torch
 from numeric import assert_close
 from torch import Tensor
 
-from moefuse.export.quantized.deltas import coded, kind_of
+from moefuse.export.quantized.deltas import coded
 from moefuse.mathematics.lowrank import balanced_factors
 from moefuse.modeling.modeling_moefuse import FusedExperts, LowRankDelta, PlainGating
 from moefuse.modeling.naive import naive_forward
@@ -46,7 +46,7 @@ def test_balanced_factors_have_the_same_product_and_equal_lengths(rank: int) -> 
     assert_close(other_b.norm(dim=1), other_a.norm(dim=2))
 
 
-@pytest.mark.parametrize(("bits", "most"), [("8", 0.01), ("4", 0.15), ("3", 0.3), ("2", 0.5)])
+@pytest.mark.parametrize(("bits", "most"), [("8", 0.01), ("4", 0.1)])
 def test_products_of_coded_factors_are_near(bits: str, most: float) -> None:
     delta = experts_of(4).delta
     found = coded(delta.state_dict(), bits)
@@ -58,13 +58,13 @@ def test_products_of_coded_factors_are_near(bits: str, most: float) -> None:
         assert float((got - wanted).norm() / wanted.norm()) < most
 
 
-@pytest.mark.parametrize("bits", ["8", "4", "3", "2"])
+@pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("rank", [1, 4, 30])
 def test_a_layer_of_coded_deltas_is_that_of_the_factors_they_stand_for(
     bits: str, rank: int
 ) -> None:
     plain = experts_of(rank)
-    module = experts_of(rank, kind_of(bits))
+    module = experts_of(rank, f"low_rank_{bits}_bits")
     module.load_state_dict(
         {**plain.state_dict(), **_named(coded(plain.delta.state_dict(), bits))}, strict=False
     )

@@ -39,7 +39,7 @@ from moefuse.fusion.plan_neurons import (
 from moefuse.sizes import (
     LayerPlan,
     Plan,
-    StoredBytes,
+    Storing,
     active_parameters,
     layer_bytes,
     layer_parameters,
@@ -65,7 +65,7 @@ class Teacher:
 
     ``outside`` counts parameters outside the routed experts, ``itemsize`` is the bytes of one
     number once it is plain, ``stored_bytes`` are those on the disk where these are others.
-    ``base_bytes`` tells what a student's bases take where a quantiser is to store them.
+    ``storing`` tells what a student's bases and deltas take where a quantiser is to store them.
     """
 
     shape: MoeShape
@@ -75,7 +75,7 @@ class Teacher:
     embedding: int
     itemsize: int
     stored_bytes: int | None = None
-    base_bytes: StoredBytes | None = None
+    storing: Storing | None = None
 
     @property
     def bytes(self) -> int:
@@ -200,7 +200,7 @@ def counted(
     experts = sum(layer_parameters(shape, layer) for layer in layers.values())
     active = sum(active_parameters(shape, layer) for layer in layers.values())
     expert_bytes = sum(
-        layer_bytes(shape, layer, teacher.itemsize, teacher.base_bytes) for layer in layers.values()
+        layer_bytes(shape, layer, teacher.itemsize, teacher.storing) for layer in layers.values()
     )
     return Plan(
         layers=layers,

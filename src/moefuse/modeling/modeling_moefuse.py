@@ -294,10 +294,7 @@ def _of_chosen(
 
 DELTA_KINDS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
     "low_rank": LowRankDelta,
-    **{
-        f"low_rank_{bits}_bits": partial(CodedLowRankDelta, bits=bits)
-        for bits in ("2", "3", "4", "8")
-    },
+    **{f"low_rank_{bits}_bits": partial(CodedLowRankDelta, bits=bits) for bits in ("4", "8")},
 }
 
 

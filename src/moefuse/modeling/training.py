@@ -93,21 +93,23 @@ def _vectors(rows_PMI: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def store_codes(rows: CodedRows, normalised_PMI: Tensor) -> None:
     """Write the codes of rows that are in units of their scale, for the codebook that is there."""
-    code_N = nearest(_vectors(normalised_PMI, rows.vector), rows.codebook)
+    code_N = nearest(_vectors(normalised_PMI, rows.vector), rows.codebook.float())
     code_PMC = code_N.reshape(*normalised_PMI.shape[:2], rows.count)
     rows.codes.copy_(pack_codes(code_PMC, rows.code_bits))
 
 
 @torch.no_grad()
 def encode(rows: CodedRows, values_PMI: Tensor) -> None:
-    """Store ``values_PMI`` (P, M, I) as nearly as the bits allow; the scale is each row's root mean
-    square."""
+    """Store ``values_PMI`` (P, M, I), fp32, as nearly as the bits and the dtype of ``rows`` allow.
+
+    The scale is each row's root mean square. Scales and codebook are rounded to that dtype before
+    anything is measured by them.
+    """
     # In fp64, because the squares of a dying neuron's numbers are below what fp32 can hold.
     mean_PM = values_PMI.double().square().mean(-1)
-    scale_PM = mean_PM.sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
-    normalised_PMI = values_PMI / scale_PM.unsqueeze(-1)
+    rows.scale.copy_(mean_PM.sqrt().clamp_min(torch.finfo(rows.scale.dtype).tiny))
+    normalised_PMI = values_PMI / rows.scale.float().unsqueeze(-1)
     vector_NV = _vectors(normalised_PMI, rows.vector)
-    rows.scale.copy_(scale_PM)
     if len(vector_NV):
         rows.codebook.copy_(fit_codebook(vector_NV, len(rows.codebook)))
     store_codes(rows, normalised_PMI)

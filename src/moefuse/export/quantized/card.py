@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from moefuse.export.plain_card import base_of, front_matter, size
 from moefuse.export.quantized.layers import BASES
 from moefuse.export.quantized.libraries import TORCHAO
-from moefuse.export.quantized.result import UNUSED, QuantizeResult, learning_told
+from moefuse.export.quantized.result import UNUSED, QuantizeResult, deltas_told, learning_told
 from moefuse.export.quantized.schemes import CALIBRATED
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def quantized_card(name: str, reader: "StudentReader", result: QuantizeResult) -
         f"{result.scheme}: {rounded}. All other layers, among them router, norms, embeddings and "
         f"head, are stored as they were. It takes {size(result.bytes)}, the student "
         f"{size(result.student_bytes)}.",
-        _bits_told(result),
+        f"{_bits_told(result)} {deltas_told(result)}".rstrip(),
         *learning_told(result),
     ]
     if result.tokens:

@@ -53,8 +53,9 @@ class Predictions:
 class QuantizeResult:
     """Where the checkpoint is and what it takes.
 
-    ``bits`` are those of a number of the routed experts, deltas and scales included,
-    ``teacher_bits`` the same bytes over the numbers of the teacher's routed experts, ``base_bits``
+    ``delta_bits`` are those of a number of deltas, "16" where they stay as they were, None where
+    there are none. ``bits`` are those of a number of the routed experts, deltas and scales
+    included, ``teacher_bits`` the same bytes over the numbers of the teacher's, ``base_bits``
     those of a number of what was rounded, with its scales. ``tokens`` of text were used; without
     text it is 0, and ``seen``, ``refit`` and ``predictions`` are None.
     """
@@ -64,6 +65,7 @@ class QuantizeResult:
     what: str
     bytes: int
     student_bytes: int
+    delta_bits: str | None
     bits: float
     teacher_bits: float
     base_bits: float
@@ -82,6 +84,18 @@ class QuantizeResult:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {**asdict(self), "out": str(self.out)}
+
+
+def deltas_told(result: QuantizeResult) -> str:
+    """Say how deltas are stored, in a sentence; "" where there are none."""
+    if result.delta_bits is None:
+        return ""
+    if result.delta_bits == "16":
+        return "Deltas stay as they were."
+    return (
+        f"Deltas take {result.delta_bits} bits a number, in moefuse's own packed form: codes, a "
+        "codebook for each of a layer's four factors, and a scale for each row of a factor."
+    )
 
 
 def learning_told(result: QuantizeResult) -> list[str]:
@@ -129,6 +143,7 @@ def render_quantized(result: QuantizeResult) -> str:
         f"A number of the routed experts takes {result.bits:.2f} bits, deltas included "
         f"({result.teacher_bits:.2f} for each of the teacher's); one that was rounded "
         f"{result.base_bits:.2f}, scales included.",
+        *filter(None, [deltas_told(result)]),
     ]
     if result.tokens:
         use = "" if result.used_text else f" {UNUSED}"
