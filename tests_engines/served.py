@@ -57,7 +57,8 @@ Expected = Callable[[str], list[list[int]]]
 def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     """``student(name)``: a fused checkpoint, of the bundled teacher or of a tiny random one.
 
-    A name that ends with a quantiser's scheme is that of the student before it, quantised.
+    A name that ends with a quantiser's scheme is that of the student before it, quantised; after
+    an underscore come the bits of its deltas, if they are other than ``quantize`` chooses.
     """
     root = tmp_path_factory.mktemp("students")
     text = write_text(root / "text.txt")
@@ -65,10 +66,12 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     @cache
     def make(name: str) -> Path:
         out = root / name
-        plain, _, scheme = name.rpartition("-")
+        plain, _, how = name.rpartition("-")
+        scheme, _, bits = how.partition("_")
         if scheme in SCHEMES:
             calibration = {"data": str(demo.calibration_path()), "tokens": 2048, "steps": 2}
-            quantize(make(plain), out, {"scheme": scheme, **calibration})
+            stored = {"scheme": scheme, "delta_bits": bits or None}
+            quantize(make(plain), out, {**stored, **calibration})
         elif name in BUNDLED:
             few = {"tokens": 2048, "steps": 2, "held_out_tokens": 0}
             data = {"data": str(demo.calibration_path())}
