@@ -33,12 +33,14 @@ from moefuse.quantize import quantize
 torch.set_num_threads(1)
 
 PROMPTS, NEW = 20, 64
+WIDER_HEADS = {"hidden_size": 64, "head_dim": 32}
 WIDER: dict[str, dict[str, int]] = {
+    # Rows of down projections, of as many numbers as one scale is for at 4 bits.
+    "mixtral": {**WIDER_HEADS, "intermediate_size": 32},
     "olmoe": {"hidden_size": 128},
     "deepseek_v3": {"hidden_size": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32},
 }
 """vLLM's attention on CPUs takes heads of 32 and more, which are wider than tiny models have."""
-WIDER_HEADS = {"hidden_size": 64, "head_dim": 32}
 TINY = {"groups": 3, "rank": 2, "tokens": 512, "steps": 5, "sequence_length": 64}
 BUNDLED: dict[str, dict[str, Any]] = {
     "bundled-16": {"groups": 16, "rank": 4},

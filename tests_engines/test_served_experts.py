@@ -142,8 +142,8 @@ def test_neurons_that_cannot_be_split_are_told() -> None:
     [
         ("mixtral", False),
         ("mixtral", True),
-        ("bundled-4-w4a16", False),
-        ("bundled-4-w4a16_4", True),
+        ("mixtral-w4a16", False),
+        ("mixtral-w4a16_4", True),
     ],
 )
 def test_two_processes_split_a_model(
