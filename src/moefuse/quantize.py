@@ -74,8 +74,11 @@ REFIT = DistillConfig(
     code_learning_rate=5e-3,
 )
 """How layers learn to make up for rounding; measured in docs/research.md, section 17."""
-PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, code_learning_rate=2e-3, warmup=0.05)
-"""How deltas and scales learn predictions, all at one rate, and codes of deltas; measured there."""
+PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, warmup=0.05)
+"""How deltas and scales learn predictions, all at one rate; measured there, too."""
+DELTA_CODE_RATES = {"8": 2e-3, "4": 1e-2}
+"""The rate of what deltas' codes stand for, in units of a row's scale, by bits: the coarser codes
+are, the further a number has to go to the next."""
 CODES_SCALE_RATE = 8e-4
 """The rate of the scales of bases' codes beside it, which are counted in shares of themselves."""
 
@@ -417,7 +420,8 @@ class _Job:
         rates = dict.fromkeys(own, PREDICTIONS.delta_learning_rate)
         rates |= {f"{name}.scale": CODES_SCALE_RATE for name in linears}
         latents = [n for n in names if n.startswith(tuple(deltas)) and n.endswith(".latent")]
-        rates |= dict.fromkeys(latents, PREDICTIONS.code_learning_rate)
+        if latents:
+            rates |= dict.fromkeys(latents, DELTA_CODE_RATES[self.delta_bits])
         options = replace(PREDICTIONS, steps=self.options.prediction_steps)
         learnt = learn_predictions(
             before, after, rates, sequences, options,

@@ -49,9 +49,9 @@ def coded(factors: Mapping[str, Tensor], bits: str) -> CodedLowRankDelta:
 
 
 def learning(delta: LowRankDelta, bits: str, dtype: torch.dtype) -> TrainedLowRankDelta:
-    """Return fp32 deltas whose codes learn, to be stored in ``bits`` bits, other numbers in
-    ``dtype``."""
-    factors = {name: factor.to(dtype) for name, factor in delta.state_dict().items()}
+    """Return deltas whose codes learn, to be stored in ``bits`` bits, other numbers in ``dtype``;
+    fp32 and on the CPU."""
+    factors = {name: factor.to("cpu", dtype) for name, factor in delta.state_dict().items()}
     made, rows = _coded(factors, bits)
     return TrainedLowRankDelta(made.float(), rows)
 
