@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,37 +56,36 @@ print(json.dumps({name: version(name) for name in names}))
 
 
 def run(*command: str | Path) -> tuple[int, str, dict[str, float]]:
-    """Run a command; return its status, what it printed, its seconds and its greatest memory."""
-    begun = time.perf_counter()
+    """Run a command; return its status, what it printed, its CPU seconds and greatest memory."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
         process = subprocess.Popen(list(map(str, command)), stdout=printed, stderr=printed)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         printed.seek(0)
         text = printed.read()
-    spent = {"seconds": time.perf_counter() - begun, "peak": used.ru_maxrss * 1024}
+    spent = {"seconds": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
     return process.returncode, text.strip(), spent
 
 
 def told(*command: str | Path) -> tuple[str, dict[str, float]]:
-    """Run a command that has to succeed; return its last line and what it took."""
+    """Run a command that has to succeed; return what it printed and what it took."""
     status, printed, spent = run(*command)
     if status:
         sys.exit(printed[-2000:])
-    return printed.splitlines()[-1], spent
+    return printed, spent
 
 
-def made(python: Path, name: str, student: Path, out: Path) -> dict[str, Any]:
-    """Round ``student`` into ``out``; return what it took and how many tokens bases saw."""
+def made(python: Path, name: str, student: Path, out: Path) -> dict[str, float]:
+    """Round ``student`` into ``out``; return what it took."""
     options, tokens = CASES[name], ("--tokens", str(TOKENS))
     if name.startswith("moefuse"):
         calibrated = tokens if TEXT in options else ()
         command = [*OWN, student, out, *options, *calibrated, "--group-size", "32"]
         _, spent = told(*command, "--delta-bits", "16", "--overwrite")
-        return dict(spent)
-    said, spent = told(python, EXAMPLE, student, out, TEXT, *options, *tokens)
+        return spent
+    _, spent = told(python, EXAMPLE, student, out, TEXT, *options, *tokens)
     told(python, "-c", GENERATES, out)
-    return {**spent, "said": said}
+    return spent
 
 
 def awq(python: Path, student: Path, out: Path, way: str) -> str | None:
@@ -95,46 +94,41 @@ def awq(python: Path, student: Path, out: Path, way: str) -> str | None:
     return printed.splitlines()[-1] if status else None
 
 
-def measured(python: Path, out: Path) -> list[dict[str, Any]]:
-    """Make all students and measure them."""
+def measured(python: Path, out: Path) -> Iterator[dict[str, Any]]:
+    """Make all students, measure them and yield their rows."""
     out.mkdir(parents=True, exist_ok=True)
     fused, texts = out / "fused", out / "texts.json"
     if not fused.exists():
         fuse(demo.teacher_path(), fused, {"groups": GROUPS, "tokens": TOKENS, "steps": 120})
     write_texts(texts, HELD_OUT)
-    rows: list[dict[str, Any]] = []
+    begun = measured_apart(fused, texts, fused)
+    yield {"model": "fused, bf16", **begun, "added": 0.0}
 
-    def add(name: str, path: Path, spent: dict[str, Any]) -> None:
+    def row(name: str, path: Path) -> dict[str, Any]:
         figures = measured_apart(path, texts, fused)
-        added = figures["kl"] - (rows[0] if rows else figures)["kl"]
-        rows.append({"model": name, **figures, "added": added, **spent})
-        print(line(rows[-1]), flush=True)
+        return {"model": name, **figures, "added": figures["kl"] - begun["kl"]}
 
-    add("fused, bf16", fused, {})
     for name in CASES:
         path = out / name.replace(", ", "-").replace(" ", "-")
-        add(name, path, made(python, name, fused, path))
+        spent = made(python, name, fused, path)
+        yield {**row(name, path), **spent}
     for way in AWQ_WAYS:
-        name, path = f"llm-compressor, AWQ, {way}", out / f"llm-compressor-awq-{len(rows)}"
+        name = f"llm-compressor, AWQ, {way}"
+        path = out / name.replace(", ", "-").replace(" ", "-")
         error = awq(python, fused, path, way)
-        if error is None:
-            add(name, path, {})
-        else:
-            rows.append({"model": name, "error": error})
-            print(line(rows[-1]), flush=True)
-    return rows
+        yield row(name, path) if error is None else {"model": name, "error": error}
 
 
 def line(row: dict[str, Any]) -> str:
     """Return a row of the table in Markdown."""
     if "error" in row:
-        return f"| {row['model']} | `{row['error']}` | | | | | | |"
+        return f"| {row['model']} | `{row['error']}` | | | | | |"
     spent = ("", "")
     if "seconds" in row:
         spent = (f"{row['seconds']:.0f} s", f"{row['peak'] / 1e6:.0f} MB")
     cells = (f"{row['kl']:.5f}", f"{row['added']:+.5f}", f"{row['kl_fused']:.5f}")
     disk = f"{row['disk'] / 1e6:.2f} MB"
-    return f"| {' | '.join([row['model'], *cells, disk, *spent, row.get('said', '')])} |"
+    return f"| {' | '.join([row['model'], *cells, disk, *spent])} |"
 
 
 def report(rows: list[dict[str, Any]], versions: dict[str, str]) -> None:
@@ -148,7 +142,7 @@ def report(rows: list[dict[str, Any]], versions: dict[str, str]) -> None:
         f"{meta['cpu']}, {meta['cores']} cores. {installed} round, Transformers "
         f"{meta['transformers']} measures: KL on {HELD_OUT} tokens of held-out text in fp32."
     )
-    names = ("rounded by", "KL", "added", "KL to the fused", "disk", "time", "memory", "")
+    names = ("rounded by", "KL", "added", "KL to the fused", "disk", "CPU time", "memory")
     titles = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     lines = ["# llm-compressor beside moefuse", "", text, "", *titles, *map(line, rows), ""]
     artifacts.write_text(RESULTS / "llm_compressor.md", "\n".join(lines))
@@ -160,7 +154,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quantizing"))
     given = parser.parse_args()
     versions = json.loads(told(given.python, "-c", VERSIONS)[0])
-    report(measured(given.python, given.out), versions)
+    rows: list[dict[str, Any]] = []
+    for row in measured(given.python, given.out):
+        rows.append(row)
+        print(line(row), flush=True)
+        report(rows, versions)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def main() -> None:
     # save with scales that nothing has set.
     unseen = [name for name, count in rows.items() if not count]
     if unseen:
-        sys.exit(f"No token of {given.text} reached {', '.join(unseen)}; give more text.")
+        sys.exit(f"No token reached {unseen[0]} and {len(unseen) - 1} others; give more text.")
     print(f"tokens of a base: {median(rows.values()) // 2:.0f} (median), {min(rows.values()) // 2}")
     model.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
