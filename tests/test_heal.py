@@ -26,6 +26,7 @@ from moefuse.heal import HEALING, heal
 from moefuse.healing.teach import teach
 from moefuse.modeling import load_fused
 from moefuse.pipeline import fuse
+from moefuse.quantize import quantize
 
 SEED = 11
 FUSED: dict[str, Any] = {
@@ -83,6 +84,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     write_jsonl(folder / "held.jsonl", documents=6)
     for form, values in FORMS.items():
         fuse(folder / "teacher", folder / form, {**values, "data": str(folder / "text.txt")})
+    quantize(folder / "deltas", folder / "int8", {"scheme": "w8a8"})
     return Desk(folder)
 
 
@@ -436,6 +438,7 @@ def test_commands_that_make_no_sense(
     refused("--tokens is 'many'", *usual, "--tokens", "many")
     refused("has no moefuse block", *usual, form="teacher")
     refused("leaves nothing to train", *usual, "--train", "deltas", form="neurons")
+    refused("is quantised (compressed-tensors)", *usual, form="int8")
     refused("lies in the checkpoint", *usual, out=str(desk.at("deltas") / "out"))
     (tmp_path / "out").mkdir()
     refused("out exists already; choose another name or pass --overwrite", *usual)

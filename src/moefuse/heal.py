@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from moefuse import artifacts, corpus, demo
 from moefuse.cards import CardRecord, Healed, Metrics, Text, read_record, write_card
+from moefuse.checkpoint.formats.base import quantization_method
 from moefuse.checkpoint.headers import CONFIG, PICKLE_SUFFIXES, CheckpointHeaders, read_headers
 from moefuse.checkpoint.reader import fingerprint_of
 from moefuse.config import ComputeConfig, HealConfig, build, parse_count
@@ -419,11 +420,17 @@ def read_weights_in_every_process() -> None:
 
 
 def _family(config: Mapping[str, Any]) -> Family:
-    """Return the family of a student's teacher; raises ``UserError`` for what is no student."""
+    """Return the family of a student's teacher; raises ``UserError`` for what cannot be healed."""
     if not is_fused(dict(config)):
         raise UserError(
             "Only a checkpoint that moefuse wrote can be healed; this one's config.json has no "
             "moefuse block. Make one with 'moefuse fuse'."
+        )
+    method = quantization_method(dict(config))
+    if method is not None:
+        raise UserError(
+            f"The student is quantised ({method}), and what is trained would not be what is "
+            "stored; heal the student that it was made of, and quantise that."
         )
     return all_families()[config["moefuse"]["teacher_model_type"]]
 

@@ -1,6 +1,7 @@
 """Students written out as plain checkpoints: the same logits, in every family, without moefuse."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,15 @@ from safetensors.torch import load_file, save_file
 from students import student_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moefuse.artifacts import read_json, write_json
 from moefuse.checkpoint.headers import read_headers
 from moefuse.checkpoint.reader import CheckpointReader
+from moefuse.errors import UserError
 from moefuse.export.expand import expand
 from moefuse.export.student_reader import StudentReader
 from moefuse.families import all_families
 from moefuse.modeling import load_fused
+from moefuse.quantize import quantize
 
 FAMILIES = sorted(all_families())
 IDS_BS = torch.randint(2, 64, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -70,6 +74,37 @@ def test_logits_are_the_students(student: Make, tmp_path: Path, family: str) -> 
     expand(fused, tmp_path / "plain")
 
     assert_close(logits(plain(tmp_path / "plain")), logits(load_fused(fused)))
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_what_a_quantiser_stored_is_written_out_too(
+    student: Make, tmp_path: Path, bits: str
+) -> None:
+    fused = student("deepseek_v2", groups=3, rank=2)
+    quantize(fused, tmp_path / "few-bits", {"scheme": "w8a8", "delta_bits": bits})
+    reader, model = StudentReader.of(tmp_path / "few-bits"), load_fused(fused)
+    for layer in reader.shape.layers:
+        experts: Any = model.get_submodule(reader.family.experts_path(layer))
+        stored = reader.module(layer)
+        experts.bases.load_state_dict(stored.bases.state_dict())  # type: ignore[union-attr]
+        for name, factor in reader.read_factors(layer).items():
+            assert not torch.equal(getattr(experts.delta, name), factor)
+            getattr(experts.delta, name).data.copy_(factor)
+
+    expand(tmp_path / "few-bits", tmp_path / "plain")
+
+    assert_close(logits(plain(tmp_path / "plain")), logits(model))
+
+
+def test_a_library_s_own_format_is_refused(student: Make, tmp_path: Path) -> None:
+    fused = student("deepseek_v2", groups=3, rank=2)
+    shutil.copytree(fused, tmp_path / "nf4")
+    config = read_json(fused / "config.json")
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    write_json(tmp_path / "nf4" / "config.json", config)
+
+    with pytest.raises(UserError, match="bitsandbytes, which is no format that moefuse reads"):
+        expand(tmp_path / "nf4", tmp_path / "plain")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,6 +18,7 @@ from moefuse.artifacts import read_json, write_json
 from moefuse.export.gguf.write import export_gguf, render_gguf
 from moefuse.export.student_reader import StudentReader
 from moefuse.modeling.modeling_moefuse import FusedExperts
+from moefuse.quantize import quantize
 from moefuse.sizes import layer_bytes
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -49,9 +50,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return facts, {name: torch.from_numpy(data.copy()) for name, data in tensors.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_tensors_are_the_students(form: str, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "scheme"), [*((form, None) for form in FORMS), ("biases", "w8a8")]
+)
+def test_tensors_are_the_students(
+    form: str, scheme: str | None, home: Path, tmp_path: Path
+) -> None:
     student = student_of(home, "deepseek_v2", **FORMS[form])
+    if scheme is not None:
+        student = quantize(student, tmp_path / scheme, {"scheme": scheme}).out
+        assert any(name.endswith(".codes") for name in StudentReader.of(student).tensors)
     result = export_gguf(student, tmp_path / "out.gguf")
 
     facts, tensors = read(tmp_path / "out.gguf")

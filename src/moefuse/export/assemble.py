@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moefuse import artifacts
+from moefuse.checkpoint.formats.base import without_settings
 from moefuse.checkpoint.reader import CheckpointReader
 from moefuse.checkpoint.writer import ShardedWriter
 from moefuse.console import track
@@ -43,9 +44,10 @@ def student_config(
         "AutoModel": family.base_model,
         "AutoModelForCausalLM": family.causal_lm,
     }
-    dropped = {"quantization_config", "torch_dtype", "dtype", "transformers_version"}
+    dropped = {"torch_dtype", "dtype", "transformers_version"}
+    kept = without_settings(with_rope_parameters(config))
     return {
-        **{key: value for key, value in with_rope_parameters(config).items() if key not in dropped},
+        **{key: value for key, value in kept.items() if key not in dropped},
         "architectures": [CLASS_PREFIX + family.causal_lm],
         "model_type": MODEL_TYPE_PREFIX + family.model_type,
         "auto_map": {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()},

@@ -67,16 +67,18 @@ def widest(module: FusedExperts | NeuronExperts) -> int:
 
 
 def _of_groups(module: FusedExperts) -> Iterator[Parts]:
-    delta: Any = module.delta
+    # Taken once, because deltas of few bits are decoded each time.
+    names = ("gate_up_a", "gate_up_b", "down_a", "down_b")
+    factors = [] if module.delta is None else [getattr(module.delta, name) for name in names]
     for expert, group in enumerate(module.group_of_expert.tolist()):
         base: Any = module.bases[group]
         gate_up_FD, down_DF = base.gate_up_proj.weight.float(), base.down_proj.weight.float()
         if module.scale is not None:
             gate_up_FD = gate_up_FD * module.scale[expert].float().unsqueeze(-1)
-        if delta is not None:
-            down_b_DR, gate_up_b_FR = delta.down_b[expert].float(), delta.gate_up_b[expert].float()
-            gate_up_FD = gate_up_FD + gate_up_b_FR @ delta.gate_up_a[expert].float()
-            down_DF = down_DF + down_b_DR @ delta.down_a[expert].float()
+        if factors:
+            up_a_RD, up_b_FR, down_a_RF, down_b_DR = (factor[expert].float() for factor in factors)
+            gate_up_FD = gate_up_FD + up_b_FR @ up_a_RD
+            down_DF = down_DF + down_b_DR @ down_a_RF
         bias_PF = None if module.bias is None else module.bias[expert].float().unflatten(0, (2, -1))
         yield gate_up_FD.unflatten(0, (2, -1)), down_DF, bias_PF
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from moefuse import artifacts
+from moefuse.checkpoint.formats.base import without_settings
 from moefuse.checkpoint.headers import CARD, CONFIG
 from moefuse.checkpoint.native import Weights, to_native
 from moefuse.checkpoint.reader import CheckpointReader
@@ -84,7 +85,7 @@ def write_plain(
                 for name, tensor in named_experts(family, layer, experts(layer)):
                     writer.add(family.within_whole(name), tensor)
     reader.copy_auxiliary_files(partial)
-    artifacts.write_json(partial / CONFIG, config)
+    artifacts.write_json(partial / CONFIG, without_settings(config))
     artifacts.write_text(partial / CARD, card)
     for name, value in (beside or {}).items():
         artifacts.write_json(partial / name, value)

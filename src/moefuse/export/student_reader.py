@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefuse.checkpoint.formats import check_known
 from moefuse.checkpoint.headers import local_headers
 from moefuse.checkpoint.native import Weights, to_native
 from moefuse.checkpoint.reader import CheckpointReader
@@ -20,7 +21,7 @@ from moefuse.export.ordinary import ordinary_experts, widest
 from moefuse.families import Family, all_families
 from moefuse.mathematics.experts import ExpertBiases
 from moefuse.modeling import is_fused
-from moefuse.modeling.modeling_moefuse import FusedExperts, NeuronExperts
+from moefuse.modeling.modeling_moefuse import FusedExperts, LowRankDelta, NeuronExperts
 from moefuse.sizes import LayerPlan, make_experts
 
 PREDICTION_LAYERS = "num_nextn_predict_layers"
@@ -39,7 +40,8 @@ class StudentReader(CheckpointReader):
 
     @classmethod
     def of(cls, directory: Path, *, exactly: bool = True) -> "StudentReader":
-        """Open a fused checkpoint in ``directory``; raises ``UserError`` for anything else.
+        """Open a fused checkpoint in ``directory``; raises ``UserError`` for anything else, and for
+        the format of a quantiser that moefuse does not read.
 
         Multiplexed experts, which ordinary ones only come near to, are refused if the plain model
         is to compute ``exactly`` what the student does.
@@ -50,6 +52,7 @@ class StudentReader(CheckpointReader):
                 f"{directory} is not a fused checkpoint: its config.json has no moefuse block. "
                 "Give one that 'moefuse fuse' wrote."
             )
+        check_known(headers.source, headers.config)
         block = headers.config["moefuse"]
         family = all_families()[block["teacher_model_type"]]
         config = plain_config(headers.config, family)
@@ -90,6 +93,24 @@ class StudentReader(CheckpointReader):
         module = make_experts(self.shape, self.plans[layer], "meta")
         module.load_state_dict(state, assign=True)
         return module
+
+    def factor_shapes(self, layer: int) -> dict[str, torch.Size]:
+        """Return the shapes of a layer's low-rank deltas' factors by name; of none, nothing."""
+        return {name: factor.shape for name, factor in _factors(self._delta(layer)).items()}
+
+    def read_factors(self, layer: int) -> dict[str, Tensor]:
+        """Read the factors of a layer's low-rank deltas by name, those of few bits decoded."""
+        prefix = f"{self.family.experts_path(layer)}.delta."
+        names = [name for name in self._names(layer)[1] if name.startswith(prefix)]
+        delta = self._delta(layer)
+        if delta is not None:
+            state = {name.removeprefix(prefix): self.read(name) for name in names}
+            delta.load_state_dict(state, assign=True)
+        return _factors(delta)
+
+    def _delta(self, layer: int) -> LowRankDelta | None:
+        delta = getattr(make_experts(self.shape, self.plans[layer], "meta"), "delta", None)
+        return delta if isinstance(delta, LowRankDelta) else None
 
     def widest(self) -> int:
         """Return how many neurons the largest of all experts has, reading layer by layer."""
@@ -148,6 +169,11 @@ class StudentReader(CheckpointReader):
         for name in self._by_layer.get(layer, ()):
             parts[name.startswith(routed)].append(name)
         return parts
+
+
+def _factors(delta: LowRankDelta | None) -> dict[str, Tensor]:
+    names = () if delta is None else ("gate_up_a", "gate_up_b", "down_a", "down_b")
+    return {name: getattr(delta, name).detach() for name in names}
 
 
 def plain_config(config: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any]
 """``quantization_config`` of a ``config.json``."""
+SETTINGS = ("quantization_config", "compression_config")
+"""Where a ``config.json`` has it; the second is an older name."""
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Safetensors' names of the dtypes that a ``config.json`` may name."""
 PACKED_IN = ("I32",)
@@ -63,8 +65,13 @@ class Format:
 
 def settings_of(config: Mapping[str, Any]) -> Settings | None:
     """Return ``quantization_config`` of a configuration; None where there is none."""
-    settings = config.get("quantization_config", config.get("compression_config"))
+    settings = next((config[key] for key in SETTINGS if key in config), None)
     return settings if isinstance(settings, Mapping) and settings else None
+
+
+def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration for weights that are plain now."""
+    return {key: value for key, value in config.items() if key not in SETTINGS}
 
 
 def quantization_method(config: Mapping[str, Any]) -> str | None:

@@ -22,15 +22,15 @@ VERSION = 1
 """Of what the tensors mean; the patched engine refuses versions that it does not know."""
 GROUPS = "ffn_down_exps.group_of_expert"
 BASES = {"gate_up_proj": "ffn_gate_up_exps.weight", "down_proj": "ffn_down_exps.weight"}
-OWN = {
-    "delta.gate_up_a": "ffn_gate_up_exps.delta_a",
-    "delta.gate_up_b": "ffn_gate_up_exps.delta_b",
-    "delta.down_a": "ffn_down_exps.delta_a",
-    "delta.down_b": "ffn_down_exps.delta_b",
-    "scale": "ffn_gate_up_exps.expert_scale",
-    "bias": "ffn_gate_up_exps.expert_bias",
+FACTORS = {
+    "gate_up_a": "ffn_gate_up_exps.delta_a",
+    "gate_up_b": "ffn_gate_up_exps.delta_b",
+    "down_a": "ffn_down_exps.delta_a",
+    "down_b": "ffn_down_exps.delta_b",
 }
-"""What is one expert's own: the engine's names by those of ``FusedExperts``' parameters."""
+"""The engine's names of deltas' factors by those of ``LowRankDelta``'s parameters."""
+OWN = {"scale": "ffn_gate_up_exps.expert_scale", "bias": "ffn_gate_up_exps.expert_bias"}
+"""What else is one expert's own: its names by those of ``FusedExperts``' parameters."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ class FusedLayout(Layout):
             names = [f"{prefix}bases.{group}.{part}.weight" for group in range(groups)]
             make = lambda names=names: torch.stack([read(name) for name in names])  # noqa: E731
             yield Piece(block + named, (groups, *tensors[names[0]].shape), make)
+        for part, shape in self.reader.factor_shapes(layer).items():
+            make = lambda part=part: self.reader.read_factors(layer)[part]  # noqa: E731
+            yield Piece(block + FACTORS[part], tuple(shape), make, own=True)
         for part, named in OWN.items():
             name = prefix + part
             if name in tensors:
