@@ -142,7 +142,7 @@ def report(rows: list[dict[str, Any]], versions: dict[str, str]) -> None:
         f"{meta['cpu']}, {meta['cores']} cores. {installed} round, Transformers "
         f"{meta['transformers']} measures: KL on {HELD_OUT} tokens of held-out text in fp32."
     )
-    names = ("rounded by", "KL", "added", "KL to the fused", "disk", "CPU time", "memory")
+    names = ("rounded by", "KL", "added", "KL to the fused", "disk", "CPU time", "most memory")
     titles = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     lines = ["# llm-compressor beside moefuse", "", text, "", *titles, *map(line, rows), ""]
     artifacts.write_text(RESULTS / "llm_compressor.md", "\n".join(lines))
