@@ -33,12 +33,14 @@ from moefuse.quantize import quantize
 torch.set_num_threads(1)
 
 PROMPTS, NEW = 20, 64
+WIDER_HEADS = {"hidden_size": 64, "head_dim": 32}
 WIDER: dict[str, dict[str, int]] = {
+    # Rows of down projections, of as many numbers as one scale is for at 4 bits.
+    "mixtral": {**WIDER_HEADS, "intermediate_size": 32},
     "olmoe": {"hidden_size": 128},
     "deepseek_v3": {"hidden_size": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32},
 }
 """vLLM's attention on CPUs takes heads of 32 and more, which are wider than tiny models have."""
-WIDER_HEADS = {"hidden_size": 64, "head_dim": 32}
 TINY = {"groups": 3, "rank": 2, "tokens": 512, "steps": 5, "sequence_length": 64}
 BUNDLED: dict[str, dict[str, Any]] = {
     "bundled-16": {"groups": 16, "rank": 4},
@@ -57,7 +59,8 @@ Expected = Callable[[str], list[list[int]]]
 def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     """``student(name)``: a fused checkpoint, of the bundled teacher or of a tiny random one.
 
-    A name that ends with a quantiser's scheme is that of the student before it, quantised.
+    A name that ends with a quantiser's scheme is that of the student before it, quantised; after
+    an underscore come the bits of its deltas, if they are other than ``quantize`` chooses.
     """
     root = tmp_path_factory.mktemp("students")
     text = write_text(root / "text.txt")
@@ -65,10 +68,12 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     @cache
     def make(name: str) -> Path:
         out = root / name
-        plain, _, scheme = name.rpartition("-")
+        plain, _, how = name.rpartition("-")
+        scheme, _, bits = how.partition("_")
         if scheme in SCHEMES:
             calibration = {"data": str(demo.calibration_path()), "tokens": 2048, "steps": 2}
-            quantize(make(plain), out, {"scheme": scheme, **calibration})
+            stored = {"scheme": scheme, "delta_bits": bits or None}
+            quantize(make(plain), out, {**stored, **calibration})
         elif name in BUNDLED:
             few = {"tokens": 2048, "steps": 2, "held_out_tokens": 0}
             data = {"data": str(demo.calibration_path())}

@@ -1,11 +1,14 @@
 """One device's share of the fused layer: shares sum to the whole, and vLLM splits a model."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from engines import engine
 from served import Expected, Student, prompts_for
 from torch import Tensor, nn
 
+from moefuse.export.quantized.deltas import FACTORS, code_deltas
 from moefuse.export.vllm_plugin.served_experts import ServedExperts, groups_of_device
 from moefuse.modeling.modeling_moefuse import FusedExperts, PlainGating
 
@@ -22,20 +25,27 @@ def fused(*, rank: int, **options: bool) -> FusedExperts:
 
 
 def served(
-    module: FusedExperts, place: int, devices: int, *, by_experts: bool = False
+    module: FusedExperts,
+    place: int,
+    devices: int,
+    *,
+    by_experts: bool = False,
+    dtype: torch.dtype = torch.float32,
+    second_first: bool = False,
 ) -> ServedExperts:
     share = ServedExperts(
         module,
         rank=place,
         devices=devices,
-        dtype=torch.float32,
+        dtype=dtype,
         device="cpu",
         sum_over_devices=lambda y_TD: y_TD,
         by_experts=by_experts,
     )
-    # As from several files: what tells whose the experts are comes in the last one.
+    # As from two files: neighbours, as the parts of a coded matrix are, lie in different ones.
     tensors = list(module.state_dict().items())
-    loaded = share.load_weights(tensors[:3]) | share.load_weights(tensors[3:])
+    first, second = (1, 0) if second_first else (0, 1)
+    loaded = share.load_weights(tensors[first::2]) | share.load_weights(tensors[second::2])
     names = {name for name, _ in share.named_parameters()}
     assert loaded == names | {"group_of_expert"}
     return share
@@ -61,6 +71,39 @@ def test_shares_sum_to_the_whole(
     outputs = [share(*call(tokens)) for share in shares]
 
     torch.testing.assert_close(sum(outputs), module(*call(tokens)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_experts", [False, True])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("second_first", [False, True])
+def test_shares_of_coded_deltas_sum_to_the_whole(
+    devices: int, bits: str, by_experts: bool, second_first: bool
+) -> None:
+    """Whichever file comes first, and with it whose the experts are."""
+    module = fused(rank=3, scale=True, bias=True, down_bias=True)
+    code_deltas(module, bits)
+
+    shares = [
+        served(module, place, devices, by_experts=by_experts, second_first=second_first)
+        for place in range(devices)
+    ]
+    outputs = [share(*call(17)) for share in shares]
+
+    torch.testing.assert_close(sum(outputs), module(*call(17)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coded_deltas_are_decoded_as_where_the_layer_is_whole(dtype: torch.dtype) -> None:
+    """To the last bit: in the dtype that is served, whatever scales are stored in."""
+    stored = fused(rank=3).bfloat16()
+    code_deltas(stored, "8")
+
+    share = served(stored, 0, 1, dtype=dtype)
+
+    delta = deepcopy(stored.delta).to(dtype)
+    for factor in FACTORS:
+        assert torch.equal(share.get_parameter(factor), getattr(delta, factor)), factor
 
 
 def test_by_experts_every_base_and_delta_is_on_one_device() -> None:
@@ -94,11 +137,20 @@ def test_neurons_that_cannot_be_split_are_told() -> None:
         served(fused(rank=2), 0, 3)
 
 
-@pytest.mark.parametrize("by_experts", [False, True])
+@pytest.mark.parametrize(
+    ("name", "by_experts"),
+    [
+        ("mixtral", False),
+        ("mixtral", True),
+        ("mixtral-w4a16", False),
+        ("mixtral-w4a16_4", True),
+    ],
+)
 def test_two_processes_split_a_model(
-    by_experts: bool, student: Student, expected: Expected
+    name: str, by_experts: bool, student: Student, expected: Expected
 ) -> None:
-    path = student("mixtral")
+    """Also one whose bases and deltas are both of few bits, and are read as plain ones."""
+    path = student(name)
     with engine(in_one_process=False) as started:
         made = started.generate(
             path,
@@ -109,5 +161,5 @@ def test_two_processes_split_a_model(
         )
 
     assert "error" not in made, made
-    assert made["together"] == expected("mixtral")
-    assert made["alone"] == expected("mixtral")
+    assert made["together"] == expected(name)
+    assert made["alone"] == expected(name)

@@ -29,6 +29,7 @@ def test_families_that_vllm_does_not_run_are_refused_by_name(family: str) -> Non
     ("layers", "eager"),
     [
         ([LOW_RANK, LOW_RANK], False),
+        ([LOW_RANK, {"delta": "low_rank_8_bits", "neurons": None}], False),
         ([LOW_RANK, {"delta": "low_rank", "neurons": {"2": 4}}], True),
         ([{"delta": "multiplexed_lora", "neurons": None}], True),
     ],

@@ -427,6 +427,11 @@ class QuantizeConfig:
         "predicted before its bases were rounded; the whole model in memory, twice, in fp32.",
         at_least=0,
     )
+    device: str = setting(
+        "auto",
+        "Device that text passes through and that layers and predictions learn on: auto, cpu, "
+        "cuda, cuda:1, ...",
+    )
     seed: int = setting(
         0, "Seed of which tokens a step of refitting sees.", at_least=0, at_most=LARGEST_SEED
     )

@@ -26,6 +26,7 @@ from moefuse.checkpoint.streaming import StreamedTeacher
 from moefuse.checkpoint.writer import ShardedWriter
 from moefuse.config import DistillConfig, QuantizeConfig, build, parse_bytes
 from moefuse.console import track
+from moefuse.devices import choose_device
 from moefuse.distillation.loop import DistillResult
 from moefuse.distillation.predictions import SEQUENCES, divergence, learn_predictions
 from moefuse.distillation.rounded import LearntRounding, refit_layer
@@ -34,10 +35,11 @@ from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
 from moefuse.export.quantized.card import quantized_card
 from moefuse.export.quantized.deltas import (
-    as_stored,
+    PLAIN_BITS,
     bits_of,
     code_deltas,
-    with_coded_deltas,
+    learning,
+    stored_kind,
     with_stored_kinds,
 )
 from moefuse.export.quantized.layers import BASES, chosen, linear_layers
@@ -59,8 +61,10 @@ from moefuse.mathematics.expert_moments import input_moments
 from moefuse.mathematics.experts import Experts
 from moefuse.mathematics.integers import Grid, Rounded, nearest, with_feedback
 from moefuse.modeling import TRAVELLING_FILE, load_fused
-from moefuse.modeling.modeling_moefuse import FusedExperts, gating_of
+from moefuse.modeling.modeling_moefuse import CodedLowRankDelta, FusedExperts, gating_of
+from moefuse.modeling.training import TrainedLowRankDelta
 from moefuse.places import check_output, check_outside, check_own, size_of
+from moefuse.sizes import make_experts
 
 OWN_ENTRIES = ("quantize-",)
 REFIT = DistillConfig(
@@ -70,8 +74,8 @@ REFIT = DistillConfig(
     code_learning_rate=5e-3,
 )
 """How layers learn to make up for rounding; measured in docs/research.md, section 17."""
-PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, warmup=0.05)
-"""How deltas and scales learn predictions, all at one rate; measured there, too."""
+PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, code_learning_rate=2e-3, warmup=0.05)
+"""How deltas and scales learn predictions, all at one rate, and codes of deltas; measured there."""
 CODES_SCALE_RATE = 8e-4
 """The rate of the scales of bases' codes beside it, which are counted in shares of themselves."""
 
@@ -136,7 +140,8 @@ class _Job:
         self.own = self._own_parts()
         self.refits = self._refits()
         self.grid = self._grid()
-        self.teacher = StreamedTeacher(self.reader, device="cpu", dtype=torch.float32)
+        self.device = choose_device(options.device)
+        self.teacher = StreamedTeacher(self.reader, device=self.device, dtype=torch.float32)
         self.work = out.with_name(out.name + ".work")
         check_own(self.work, OWN_ENTRIES)
         self.tokens: list[tuple[Tensor, Tensor]] = [] if options.data is None else self._text()
@@ -247,9 +252,8 @@ class _Job:
             if self.options.prediction_steps:
                 tensors = self._predicting(dict(tensors))
             with ShardedWriter(partial, self.max_shard_bytes) as writer:
-                for name, tensor in with_coded_deltas(tensors, self.delta_bits):
+                for name, tensor in tensors:
                     writer.add(name, tensor)
-                    self.delta_bytes += tensor.nbytes if self._is_delta(name) else 0
             stay = [name for name in self.kinds if name not in set(self.names)]
             settings = compressed.settings(layout, self.grid, stay)
         self.reader.copy_auxiliary_files(partial)
@@ -280,8 +284,8 @@ class _Job:
                 if f"{path}.bases.{name}" in self.names:
                     rounded[f"bases.{name}"] = libraries.weight_of(linear)
             _, rest = self._refitted(layer, given, rounded, store)
-            made.load_state_dict(rest, strict=False)
             self.delta_bytes += code_deltas(made, self.delta_bits)
+            made.load_state_dict(rest, strict=False)
         self.stored_bytes = libraries.stored(model, self.names)
         return libraries.save(model, partial, self.max_shard_bytes)
 
@@ -318,6 +322,7 @@ class _Job:
                     moment = moment / torch.outer(spared[group], spared[group])
                 found[name] = self._round(linear.weight.data, moment)  # type: ignore[arg-type]
         learnt, rest = self._refitted(layer, module, found, store)
+        self.delta_bytes += code_deltas(module, self.delta_bits)
         for name, rounded in {**found, **learnt}.items():
             yield from self._stored(path + name, rounded)
         for name, tensor in {**module.state_dict(), **rest}.items():
@@ -374,57 +379,91 @@ class _Job:
         """
         if not (self.refits and rounded):
             return {}, {}
-        whole = deepcopy(module).float()
-        call = store.all_calls(layer).to("cpu")
+        whole = deepcopy(module).float().to(self.device)
+        call = store.all_calls(layer).to(self.device)
         options = replace(REFIT, steps=self.options.steps)
         progress = partial(track, description=f"Refit layer {layer}")
         grid = self.grid if whole_codes(self.scheme) else None
+        delta = None
+        if self.delta_bits != PLAIN_BITS and whole.delta is not None:
+            delta = learning(whole.delta, self.delta_bits, self.reader.dtype)
         bases, rest, result = refit_layer(
-            whole, rounded, grid, call, options, seed=self.options.seed, progress=progress
-        )
+            whole, rounded, grid, call, options,
+            delta=delta, seed=self.options.seed, progress=progress,
+        )  # fmt: skip
         self.refitted.append(result)
+        code_deltas(module, self.delta_bits)
         dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         return bases, {name: tensor.to(dtypes[name]) for name, tensor in rest.items()}
 
     def _predicting(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield ``tensors`` of the quantised student, what experts have of their own and the
         scales of bases' codes taught by predictions."""
-        before = load_fused(self.reader.directory, dtype=torch.float32).eval()
+        before: Any = load_fused(self.reader.directory, dtype=torch.float32).eval()
         after = deepcopy(before)
-        state = after.state_dict()
-        known = {name: tensor for name, tensor in tensors.items() if name in state}
-        weights = {f"{name}.weight": rounded.weight() for name, rounded in self.rounded.items()}
-        after.load_state_dict({**as_stored(known, self.delta_bits), **weights}, strict=False)
+        self._load_rounded(after, tensors)
+        before, after = before.to(self.device), after.to(self.device)
         sequences = self._longest_sequences()
         some = sequences[:SEQUENCES]
         began = divergence(before, after, some)
-        after.load_state_dict(known, strict=False)
 
         paths = tuple(f"{self.reader.family.experts_path(n)}." for n in self.reader.shape.layers)
-        own = [name for name, _ in after.named_parameters() if name.startswith(paths)]
-        own = [name for name in own if name in tensors and ".bases." not in name]
         linears = self._learning_bases(after, paths)
+        deltas = self._learning_deltas(after)
+        after.to(self.device)
+        names = [n for n, _ in after.named_parameters() if n.startswith(paths)]
+        own = [n for n in names if n in tensors and not n.startswith(tuple(deltas))]
+        own = [n for n in own if ".bases." not in n]
         rates = dict.fromkeys(own, PREDICTIONS.delta_learning_rate)
         rates |= {f"{name}.scale": CODES_SCALE_RATE for name in linears}
+        latents = [n for n in names if n.startswith(tuple(deltas)) and n.endswith(".latent")]
+        rates |= dict.fromkeys(latents, PREDICTIONS.code_learning_rate)
         options = replace(PREDICTIONS, steps=self.options.prediction_steps)
         learnt = learn_predictions(
             before, after, rates, sequences, options,
             seed=self.options.seed, progress=partial(track, description="Learn predictions"),
         )  # fmt: skip
 
-        stored = {name: learnt[name].to(tensors[name].dtype) for name in own}
-        after.load_state_dict(as_stored(stored, self.delta_bits), strict=False)
+        stored = {name: learnt[name].to("cpu", tensors[name].dtype) for name in own}
+        for name in deltas:
+            packed = after.get_submodule(name).packed()  # type: ignore[operator]
+            after.set_submodule(name, packed)
+            parts = {f"{name}.{part}": tensor for part, tensor in packed.state_dict().items()}
+            stored |= {n: tensor.to("cpu", tensors[n].dtype) for n, tensor in parts.items()}
+        after.load_state_dict(stored, strict=False)
         for name, linear in linears.items():
             rounded = after.get_submodule(name).rounded()  # type: ignore[operator]
             linear.weight.data.copy_(rounded.weight())
             after.set_submodule(name, linear)
             stored |= dict(self._stored(name, rounded))
+        after.to(self.device)
         taught = [self.own, "the scales of bases' codes"] if linears else [self.own]
         self.predictions = Predictions(
             self.options.prediction_steps, " and ".join(taught), len(some), began,
             divergence(before, after, some),
         )  # fmt: skip
         yield from {**tensors, **stored}.items()
+
+    def _load_rounded(self, model: Any, tensors: dict[str, Tensor]) -> None:
+        """Put into the unrounded student what is stored of the rounded one."""
+        for layer, plan in self.reader.plans.items():
+            experts = model.get_submodule(self.reader.family.experts_path(layer))
+            stored = replace(plan, delta=stored_kind(plan, self.delta_bits))
+            if stored != plan:
+                experts.delta = make_experts(self.reader.shape, stored, "cpu").delta
+        state = model.state_dict()
+        known = {name: tensor for name, tensor in tensors.items() if name in state}
+        weights = {f"{name}.weight": rounded.weight() for name, rounded in self.rounded.items()}
+        model.load_state_dict({**known, **weights}, strict=False)
+
+    def _learning_deltas(self, model: Any) -> dict[str, TrainedLowRankDelta]:
+        """Let the codes of deltas learn; return what they are in by name."""
+        found = {}
+        for name, module in list(model.named_modules()):
+            if isinstance(module, CodedLowRankDelta):
+                found[name] = TrainedLowRankDelta(module)
+                model.set_submodule(name, found[name])
+        return found
 
     def _longest_sequences(self) -> list[Tensor]:
         sequences = [
@@ -433,7 +472,7 @@ class _Job:
             for ids_S, mask_S in zip(ids, mask, strict=True)
         ]
         longest = max(map(len, sequences))
-        return [ids_S for ids_S in sequences if len(ids_S) == longest]
+        return [ids_S.to(self.device) for ids_S in sequences if len(ids_S) == longest]
 
     def _learning_bases(self, model: Any, paths: tuple[str, ...]) -> dict[str, Any]:
         """Let the scales of whole-number codes of bases learn; return what stood in their place."""
@@ -461,7 +500,7 @@ class _Job:
         if not self._learns_of_bases:
             return None
         call = store.all_calls(layer)
-        gate_up_EFD, down_EDF, biases = self.reader.written_out(module)
+        gate_up_EFD, down_EDF, biases = self.reader.written_out(module, device=self.device)
         count_E = torch.bincount(call.index_TK.flatten(), minlength=self.reader.shape.experts)
         gating: Any = module.gating
         experts = Experts(gate_up_EFD, down_EDF, gating, biases)
@@ -469,7 +508,8 @@ class _Job:
         groups = len(module.bases)
         reached = [int((group_TK == group).any(1).sum()) for group in range(groups)]
         self.seen.append((torch.tensor(reached), count_E))
-        return Moments(*input_moments(call, experts), count_E)
+        x_EDD, z_EFF = input_moments(call.to(self.device), experts)
+        return Moments(x_EDD.cpu(), z_EFF.cpu(), count_E)
 
     # What comes of it.
 

@@ -122,6 +122,7 @@ def metric_root(metric_DD: Tensor, damping: float) -> Tensor:
 def _parameter_groups(student: nn.Module, options: DistillConfig) -> list[dict]:
     """Give bases, deltas, scales, neurons and low-bit rows their own learning rates."""
     rates = {
+        r"delta\..*\.latent$": options.code_learning_rate,
         r"delta\.": options.delta_learning_rate,
         r"scale|(\w+_)?bias|gain\.weight": options.scale_learning_rate,
         r"(shared|gain)\.(latent|codebook|scale)$": options.shared_code_learning_rate,

@@ -22,6 +22,7 @@ from moefuse.distillation.loop import DistillResult, distill_layer
 from moefuse.mathematics.experts import ExpertsCall
 from moefuse.mathematics.integers import Grid, Rounded
 from moefuse.modeling.modeling_moefuse import FusedExperts
+from moefuse.modeling.training import TrainedLowRankDelta
 
 SCALE_STEP = 0.5
 """How much of itself a scale changes by where a number moves by a whole code; both learn at one
@@ -68,11 +69,11 @@ class LearntRounding(nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> Rounded:
-        """Return what was learnt as it will be stored."""
+        """Return what was learnt as it will be stored, on the CPU."""
         low, high = -(2 ** (self.grid.bits - 1)), 2 ** (self.grid.bits - 1) - 1
         codes_OGN = self.latent.round().clamp(low, high)
         scale_OG = self._scale_OG1().squeeze(-1).to(self.dtype)
-        return Rounded(codes_OGN.flatten(1), scale_OG)
+        return Rounded(codes_OGN.flatten(1).cpu(), scale_OG.cpu())
 
 
 def refit_layer(
@@ -82,31 +83,36 @@ def refit_layer(
     call: ExpertsCall,
     options: DistillConfig,
     *,
+    delta: TrainedLowRankDelta | None = None,
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> tuple[dict[str, Rounded], dict[str, Tensor], DistillResult]:
     """Let a layer with rounded bases learn what ``module``, the same before, returns.
 
-    ``module`` and ``call`` in fp32; what ``call`` says of outputs does not count. ``rounded`` are
-    the bases by names such as ``bases.3.down_proj``: on a ``grid`` they learn too, without one or
-    as weights (O, I) they stay. Returns those that learnt, the module's tensors beside bases,
-    fp32, and how far it came.
+    ``module`` and ``call`` in fp32 and on one device; what ``call`` says of outputs does not count.
+    ``rounded`` are the bases by names such as ``bases.3.down_proj``: on a ``grid`` they learn too,
+    without one or as weights (O, I) they stay. ``delta`` are the module's deltas at few bits, if
+    they are to be. Returns those that learnt, the module's tensors beside bases, fp32 and on the
+    CPU, and how far it came.
     """
     call = replace(call, y_TD=_outputs(module, call, options.batch_tokens))
-    student = deepcopy(module)
+    student, device = deepcopy(module), call.x_TD.device
     student.bases.requires_grad_(False)
+    student.delta = student.delta if delta is None else delta.to(device)
     learning: dict[str, LearntRounding] = {}
     for name, base in rounded.items():
         stem, _, projection = name.rpartition(".")
         linear: Any = student.get_submodule(name)
         if isinstance(base, Rounded) and grid is not None:
-            learning[name] = LearntRounding(linear.weight.detach(), base, grid)
+            learning[name] = LearntRounding(linear.weight.detach().cpu(), base, grid).to(device)
             setattr(student.get_submodule(stem), projection, learning[name])
         else:
             linear.weight.copy_(base.weight() if isinstance(base, Rounded) else base)
     result = distill_layer(student, call, options, seed=seed, progress=progress)
+    if delta is not None:
+        student.delta = delta.packed()
     state = student.state_dict()
-    rest = {name: t for name, t in state.items() if not name.startswith("bases.")}
+    rest = {name: t.cpu() for name, t in state.items() if not name.startswith("bases.")}
     return {name: twin.rounded() for name, twin in learning.items()}, rest, result
 
 

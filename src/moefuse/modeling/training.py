@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from moefuse.mathematics.codebooks import fit_codebook, nearest, pack_codes
-from moefuse.modeling.modeling_moefuse import CodedRows, Gating, NeuronExperts, OpaqueExperts
+from moefuse.modeling.modeling_moefuse import (
+    CodedLowRankDelta,
+    CodedRows,
+    Gating,
+    NeuronExperts,
+    OpaqueExperts,
+)
 
 CHOSEN_EVERY = 8
 """Steps after which codes are chosen anew."""
@@ -32,6 +38,7 @@ class TrainedRows(nn.Module):
     def __init__(self, stored: CodedRows, latent_PMI: Tensor) -> None:
         super().__init__()
         self.stored = [stored]  # in a list, so that its buffers are not this module's own
+        self.width = stored.width
         self.codebook = nn.Parameter(stored.codebook.detach().clone())
         self.scale = nn.Parameter(stored.scale.detach().clone())
         self.latent = nn.Parameter(latent_PMI / self.scale.detach().unsqueeze(-1))
@@ -74,13 +81,18 @@ class TrainedRows(nn.Module):
         assert self.whole_PMI is not None
         return self.whole_PMI[:, start:stop]
 
+    def read_parts(self, part_U: Tensor | slice) -> Tensor:
+        """Return all rows of some parts as they are in this step."""
+        assert self.whole_PMI is not None
+        return self.whole_PMI[part_U]
+
     @torch.no_grad()
     def packed(self) -> CodedRows:
         """Return the stored form with what was learnt."""
         stored = self.stored[0]
         stored.codebook.copy_(self.codebook)
         stored.scale.copy_(self.scale)
-        store_codes(stored, self.latent)
+        store_codes(stored, self.latent.to(stored.scale.device))
         return stored
 
 
@@ -113,6 +125,46 @@ def encode(rows: CodedRows, values_PMI: Tensor) -> None:
     if len(vector_NV):
         rows.codebook.copy_(fit_codebook(vector_NV, len(rows.codebook)))
     store_codes(rows, normalised_PMI)
+
+
+class TrainedLowRankDelta(CodedLowRankDelta):
+    """The trainable twin of ``CodedLowRankDelta``: codes learn, scales and codebooks stay, so that
+    what is stored of them in a narrower dtype than that of training stays exact."""
+
+    def __init__(
+        self, delta: CodedLowRankDelta, latents: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take over ``delta``; ``latents`` are the rows that its codes stand for, by name
+        (``gate_up_in``, ...), each (E, R, width). None: what the codes say."""
+        nn.Module.__init__(self)
+        self.delta = [delta]
+        for name, rows in delta.named_children():
+            latent_ERI = rows.read_parts(slice(None)) if latents is None else latents[name]  # type: ignore[operator]
+            twin = TrainedRows(rows, latent_ERI.detach())  # type: ignore[arg-type]
+            twin.codebook.requires_grad_(False)
+            twin.scale.requires_grad_(False)
+            self.add_module(name, twin)
+
+    def gate_up(self, x_ND: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """Return what the deltas add to gate and up, quantised as it would be stored."""
+        self._refresh("gate_up")
+        return super().gate_up(x_ND, rows_per_expert)
+
+    def down(self, z_NF: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """Return what the deltas add to the output, quantised as it would be stored."""
+        self._refresh("down")
+        return super().down(z_NF, rows_per_expert)
+
+    def _refresh(self, part: str) -> None:
+        for name in (f"{part}_in", f"{part}_out"):
+            rows: Any = self.get_submodule(name)
+            rows.refresh()
+
+    def packed(self) -> CodedLowRankDelta:
+        """Return the module that it was made of, with what was learnt."""
+        for rows in self.children():
+            rows.packed()  # type: ignore[operator]
+        return self.delta[0]
 
 
 class TrainedNeuronExperts(NeuronExperts):

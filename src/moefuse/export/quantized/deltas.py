@@ -3,22 +3,22 @@
 Shape suffixes: E experts, R rank, I inputs and O outputs of a matrix.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moefuse.errors import UserError
 from moefuse.mathematics.lowrank import balanced_factors
 from moefuse.modeling.modeling_moefuse import CodedLowRankDelta, FusedExperts, LowRankDelta
-from moefuse.modeling.training import encode
+from moefuse.modeling.training import TrainedLowRankDelta, encode
 from moefuse.sizes import LayerPlan
 
 PLAIN_BITS, DEFAULT_BITS = "16", "8"
 """Bits of a number of deltas' factors: as the student has them, and as nothing is lost."""
 PLAIN = "low_rank"
 """What ``config.json`` calls deltas whose factors are plain numbers."""
-FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 
 
 def bits_of(asked: str | None, plans: Iterable[LayerPlan]) -> str:
@@ -44,7 +44,20 @@ def stored_kind(plan: LayerPlan, bits: str) -> str:
 
 def coded(factors: Mapping[str, Tensor], bits: str) -> CodedLowRankDelta:
     """Return deltas with factors of ``bits`` bits; ``factors`` are those of a ``LowRankDelta`` by
-    name, and their dtype becomes that of scales and codebooks.
+    name, and their dtype becomes that of scales and codebooks."""
+    return _coded(factors, bits)[0]
+
+
+def learning(delta: LowRankDelta, bits: str, dtype: torch.dtype) -> TrainedLowRankDelta:
+    """Return fp32 deltas whose codes learn, to be stored in ``bits`` bits, other numbers in
+    ``dtype``."""
+    factors = {name: factor.to(dtype) for name, factor in delta.state_dict().items()}
+    made, rows = _coded(factors, bits)
+    return TrainedLowRankDelta(made.float(), rows)
+
+
+def _coded(factors: Mapping[str, Tensor], bits: str) -> tuple[CodedLowRankDelta, dict[str, Tensor]]:
+    """Return coded deltas, and the rows that their codes stand for by name.
 
     Factors are balanced first: a rank's row of A and column of B, which are what has a scale, are
     then as long as each other, and orthogonal to the others, so that no rank is rounded more
@@ -54,59 +67,17 @@ def coded(factors: Mapping[str, Tensor], bits: str) -> CodedLowRankDelta:
     intermediate = factors["down_a"].shape[2]
     made = CodedLowRankDelta(experts, hidden, intermediate, rank, bits=bits)
     made.requires_grad_(False).to(factors["gate_up_a"].dtype)
+    rows: dict[str, Tensor] = {}
     for part in ("gate_up", "down"):
         b_EOR, a_ERI = balanced_factors(factors[f"{part}_b"].float(), factors[f"{part}_a"].float())
-        encode(getattr(made, f"{part}_in"), a_ERI)
-        encode(getattr(made, f"{part}_out"), b_EOR.mT)
-    return made
-
-
-def with_coded_deltas(
-    tensors: Iterable[tuple[str, Tensor]], bits: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield a student's ``tensors`` by name, deltas' factors at ``bits`` bits.
-
-    Nothing but one layer's factors is waited for.
-    """
-    for stem, found in _gathered(tensors, bits):
-        if isinstance(found, Tensor):
-            yield stem, found
-            continue
-        for part, stored in coded(found, bits).state_dict().items():
-            yield f"{stem}.delta.{part}", stored
-
-
-def as_stored(tensors: Mapping[str, Tensor], bits: str) -> dict[str, Tensor]:
-    """Return ``tensors`` by the same names with deltas' factors that ``bits`` bits stand for."""
-    told: dict[str, Tensor] = {}
-    for stem, found in _gathered(tensors.items(), bits):
-        if isinstance(found, Tensor):
-            told[stem] = found
-        else:
-            made = coded(found, bits)
-            told |= {f"{stem}.delta.{factor}": getattr(made, factor) for factor in FACTORS}
-    return told
-
-
-def _gathered(
-    tensors: Iterable[tuple[str, Tensor]], bits: str
-) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]]:
-    """Yield tensors by name, and all factors of a layer at once by the name of its experts."""
-    waiting: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors:
-        stem, _, factor = name.rpartition(".delta.")
-        if bits == PLAIN_BITS or factor not in FACTORS:
-            yield name, tensor
-            continue
-        factors = waiting.setdefault(stem, {})
-        factors[factor] = tensor
-        if len(factors) == len(FACTORS):
-            yield stem, waiting.pop(stem)
-    assert not waiting, f"a factor of {sorted(waiting)} is missing"
+        rows |= {f"{part}_in": a_ERI, f"{part}_out": b_EOR.mT}
+    for name, values_ERI in rows.items():
+        encode(getattr(made, name), values_ERI)
+    return made, rows
 
 
 def code_deltas(experts: FusedExperts, bits: str) -> int:
-    """Store the deltas of a loaded layer at ``bits`` bits; returns the bytes that they take."""
+    """Store the deltas of a layer at ``bits`` bits; returns the bytes that they take."""
     if experts.delta is None:
         return 0
     if bits != PLAIN_BITS and type(experts.delta) is LowRankDelta:

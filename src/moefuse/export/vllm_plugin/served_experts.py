@@ -13,6 +13,8 @@ Split by experts instead (``--enable-expert-parallel``), each device holds whole
 some groups, and the deltas of their members. Rows of others are zero there, and outputs are summed
 all the same. That needs as many groups as devices, and balances only as the router does.
 
+Deltas that are stored in few bits are decoded as they are loaded, and are plain ones from then on.
+
 Shape suffixes as in ``modeling_moefuse``; f is a device's share of F, e and g are how many experts
 and groups it holds.
 """
@@ -35,6 +37,7 @@ from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_
 from vllm.triton_utils import tl
 
 from moefuse.errors import UserError
+from moefuse.export.vllm_plugin.decoding import DeltaDecoder, ranks_of
 from moefuse.modeling.modeling_moefuse import (
     FusedExperts,
     MultiplexedExperts,
@@ -196,6 +199,7 @@ class ServedExperts(OpaqueExperts):
         )
         self.register_buffer("place_of_expert", None)
         self.register_buffer("place_of_group", None)
+        self.decoder = DeltaDecoder(fused.delta, dtype)
         self.waiting: list[tuple[str, Tensor]] = []
         if not by_experts:
             self._make_room(self.num_groups, self.num_experts)
@@ -242,7 +246,7 @@ class ServedExperts(OpaqueExperts):
         ``group_of_expert`` wait for it; they are of one layer.
         """
         loaded = set()
-        for name, tensor in weights:
+        for name, tensor in self.decoder.decoded(weights):
             if name == "group_of_expert":
                 self.group_of_expert.copy_(tensor)
                 loaded.add(name)
@@ -300,7 +304,7 @@ def _shapes(fused: FusedExperts, share: int, hidden: int) -> dict[str, tuple[int
     """Return the shape of one group's or expert's part of every parameter, f being ``share``."""
     shapes: dict[str, tuple[int, ...]] = {"gate_up": (2 * share, hidden), "down": (hidden, share)}
     if fused.delta is not None:
-        rank_up, rank_down = fused.delta.gate_up_a.shape[1], fused.delta.down_a.shape[1]
+        rank_up, rank_down = ranks_of(fused.delta)
         shapes |= {
             "gate_up_a": (rank_up, hidden),
             "gate_up_b": (2 * share, rank_up),

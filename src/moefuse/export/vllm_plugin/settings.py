@@ -47,7 +47,8 @@ class GpuSettings(FusedSettings):
     def verify_and_update_model_config(model_config: Any) -> None:
         """Do without CUDA graphs where a layer asks how many rows its experts have.
 
-        All forms do but plain bases and low-rank deltas, which ``ServedExperts`` runs.
+        All forms do but plain bases and low-rank deltas, which ``ServedExperts`` runs; coded deltas
+        are plain ones there, and beside quantised bases stay as they are.
         """
         FusedSettings.verify_and_update_model_config(model_config)
         layers = model_config.hf_config.moefuse["layers"].values()
