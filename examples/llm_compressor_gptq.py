@@ -90,9 +90,8 @@ def main() -> None:
     unseen = [name for name, count in rows.items() if not count]
     if unseen:
         sys.exit(f"No token reached {unseen[0]} and {len(unseen) - 1} others; give more text.")
-    print(
-        f"tokens of a base: {median(rows.values()) // 2:.0f} (median), at least {min(rows.values()) // 2}"
-    )
+    least = min(rows.values()) // 2
+    print(f"tokens of a base: {median(rows.values()) // 2:.0f} (median), at least {least}")
     model.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
 
