@@ -8,7 +8,7 @@ ENGINES ?= .venv-engines
 
 .PHONY: demo test check engines test-engines quality arena ablation healing healing-memory spectra \
 	larger-than-memory closed-form distillation-speed fused-layer llama-cpp test-llama-cpp \
-	llama-cpp-speed quantizing test-quantizers clean
+	llama-cpp-speed quantizing test-quantizers llm-compressor clean
 
 demo: $(VENV)/installed
 	$(BIN)/moefuse demo runs/demo --overwrite
@@ -96,6 +96,18 @@ test-quantizers: $(QUANT)/installed
 quantizing: $(QUANT)/installed
 	$(QUANT)/bin/python benchmarks/quantizing.py
 
+# llm-compressor, in an environment of its own: 0.14.0.1 wants Transformers up to 5.17.
+LLMC := .venv-llm-compressor
+$(LLMC)/installed:
+	$(PYTHON) -m venv $(LLMC)
+	$(LLMC)/bin/python -m pip install --quiet $(TORCH)
+	$(LLMC)/bin/python -m pip install --quiet $(TORCH) llmcompressor==0.14.0.1
+	touch $@
+
+# Its GPTQ and AWQ on a fused student beside moefuse's; a quarter of an hour.
+llm-compressor: $(LLMC)/installed $(QUANT)/installed
+	$(QUANT)/bin/python benchmarks/llm_compressor.py --python $(LLMC)/bin/python
+
 # torch is installed by its exact version first, so that a plain "torch" never replaces it.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -134,4 +146,4 @@ test-engines: engines
 	$(ENGINES)/bin/python -m pytest -c tests_engines/pytest.ini tests_engines
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(QUANT) runs build
+	rm -rf $(VENV) $(ENGINES) $(QUANT) $(LLMC) runs build
