@@ -9,8 +9,9 @@ process of its own without moefuse. Leaves ``quantizing.json`` and ``.md`` in ``
 made of the unfused teacher is what Transformers makes of it: libraries skip its stacked experts;
 compressed-tensors is written expert by expert here, rounded to the nearest.
 
-``--only`` names schemes of the student as in ``CASES``, semicolons between; ``--seed`` is that of
-fusing and refitting. With either, or another number of tokens or steps, the table is only printed.
+Deltas take 8 bits where a row does not say otherwise. ``--only`` names schemes of the student as in
+``CASES``, semicolons between; ``--seed`` is that of fusing and refitting. With either, or another
+number of tokens or steps, the table is only printed.
 """
 
 import argparse
@@ -42,10 +43,18 @@ DATA = {**TEXT, "refit": False}
 REFIT = {**TEXT, "refit": True}
 PLAIN = {"scales": "widest"}
 CASES: dict[str, dict[str, Any]] = {
+    "w4a16, plain, 16-bit deltas": {"scheme": "w4a16", **PLAIN, "delta_bits": "16"},
     "w4a16, plain": {"scheme": "w4a16", **PLAIN},
+    "w4a16, plain, 4-bit deltas": {"scheme": "w4a16", **PLAIN, "delta_bits": "4"},
     "w4a16": {"scheme": "w4a16", **DATA},
     "w4a16, refit": {"scheme": "w4a16", **REFIT},
     "w4a16, refit, predictions": {"scheme": "w4a16", **REFIT, "prediction_steps": 120},
+    "w4a16, refit, predictions, 4-bit deltas": {
+        "scheme": "w4a16",
+        **REFIT,
+        "prediction_steps": 240,
+        "delta_bits": "4",
+    },
     "gptq": {"scheme": "gptq", **DATA},
     "gptq, refit": {"scheme": "gptq", **REFIT},
     "awq": {"scheme": "awq", **DATA},

@@ -187,6 +187,7 @@ def test_every_base_sees_more_tokens_than_an_expert(home: Path, tmp_path: Path) 
         ({"scheme": "w4a16", "prediction_steps": 3}, "--data"),
         ({"scheme": "w3"}, "choose from"),
         ({"scheme": "w4a16", "delta_bits": "5"}, "--delta-bits is '5'; choose from 16, 8, 4"),
+        ({"scheme": "w4a16", "group_size": 16, "device": "disc"}, "--device is 'disc'"),
         ({"scheme": "gptq"}, "--data"),
         ({"scheme": "w4a16", "what": "router"}, "--what"),
         ({"scheme": "w4a16", "group_size": 128}, "--group-size"),
@@ -288,6 +289,20 @@ def test_what_was_learnt_is_told(home: Path, tmp_path: Path) -> None:
         assert f"from {result.predictions.before:.5f} to {result.predictions.after:.5f}" in words
         assert "512 tokens" in words
     assert "Errors of bases were weighed on it." in told(result)[0]
+
+
+@pytest.mark.parametrize("bits", ["16", "8", "4"])
+def test_on_a_cpu_the_same_call_writes_the_same_bytes(
+    home: Path, tmp_path: Path, bits: str
+) -> None:
+    values = settings(home, "w4a16", prediction_steps=2, delta_bits=bits, device="cpu")
+
+    files = [
+        quantize(home / "student", tmp_path / name, values).out / "model.safetensors"
+        for name in ("once", "again")
+    ]
+
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_what_learning_did_not_gain_is_told(home: Path, tmp_path: Path) -> None:

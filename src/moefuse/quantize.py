@@ -28,8 +28,8 @@ from moefuse.config import DistillConfig, QuantizeConfig, build, parse_bytes
 from moefuse.console import track
 from moefuse.devices import choose_device
 from moefuse.distillation.loop import DistillResult
-from moefuse.distillation.predictions import SEQUENCES, divergence, learn_predictions
-from moefuse.distillation.rounded import LearntRounding, refit_layer
+from moefuse.distillation.predictions import SEQUENCES
+from moefuse.distillation.rounded import refit_layer
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
@@ -39,7 +39,6 @@ from moefuse.export.quantized.deltas import (
     bits_of,
     code_deltas,
     learning,
-    stored_kind,
     with_stored_kinds,
 )
 from moefuse.export.quantized.layers import BASES, chosen, linear_layers
@@ -60,11 +59,10 @@ from moefuse.mathematics.activation_aware import input_scales
 from moefuse.mathematics.expert_moments import input_moments
 from moefuse.mathematics.experts import Experts
 from moefuse.mathematics.integers import Grid, Rounded, nearest, with_feedback
-from moefuse.modeling import TRAVELLING_FILE, load_fused
-from moefuse.modeling.modeling_moefuse import CodedLowRankDelta, FusedExperts, gating_of
-from moefuse.modeling.training import TrainedLowRankDelta
+from moefuse.modeling import TRAVELLING_FILE
+from moefuse.modeling.modeling_moefuse import FusedExperts, gating_of
 from moefuse.places import check_output, check_outside, check_own, size_of
-from moefuse.sizes import make_experts
+from moefuse.quantize_predictions import WholeStudent
 
 OWN_ENTRIES = ("quantize-",)
 REFIT = DistillConfig(
@@ -74,13 +72,6 @@ REFIT = DistillConfig(
     code_learning_rate=5e-3,
 )
 """How layers learn to make up for rounding; measured in docs/research.md, section 17."""
-PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, warmup=0.05)
-"""How deltas and scales learn predictions, all at one rate; measured there, too."""
-DELTA_CODE_RATES = {"8": 2e-3, "4": 1e-2}
-"""The rate of what deltas' codes stand for, in units of a row's scale, by bits: the coarser codes
-are, the further a number has to go to the next."""
-CODES_SCALE_RATE = 8e-4
-"""The rate of the scales of bases' codes beside it, which are counted in shares of themselves."""
 
 
 @dataclass(frozen=True)
@@ -400,74 +391,23 @@ class _Job:
         return bases, {name: tensor.to(dtypes[name]) for name, tensor in rest.items()}
 
     def _predicting(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield ``tensors`` of the quantised student, what experts have of their own and the
-        scales of bases' codes taught by predictions."""
-        before: Any = load_fused(self.reader.directory, dtype=torch.float32).eval()
-        after = deepcopy(before)
-        self._load_rounded(after, tensors)
-        before, after = before.to(self.device), after.to(self.device)
+        """Yield ``tensors`` of the quantised student, some of them taught by predictions."""
+        student = WholeStudent(
+            self.reader, tensors, self.rounded, delta_bits=self.delta_bits, device=self.device
+        )
         sequences = self._longest_sequences()
         some = sequences[:SEQUENCES]
-        began = divergence(before, after, some)
-
-        paths = tuple(f"{self.reader.family.experts_path(n)}." for n in self.reader.shape.layers)
-        linears = self._learning_bases(after, paths)
-        deltas = self._learning_deltas(after)
-        after.to(self.device)
-        names = [n for n, _ in after.named_parameters() if n.startswith(paths)]
-        own = [n for n in names if n in tensors and not n.startswith(tuple(deltas))]
-        own = [n for n in own if ".bases." not in n]
-        rates = dict.fromkeys(own, PREDICTIONS.delta_learning_rate)
-        rates |= {f"{name}.scale": CODES_SCALE_RATE for name in linears}
-        latents = [n for n in names if n.startswith(tuple(deltas)) and n.endswith(".latent")]
-        if latents:
-            rates |= dict.fromkeys(latents, DELTA_CODE_RATES[self.delta_bits])
-        options = replace(PREDICTIONS, steps=self.options.prediction_steps)
-        learnt = learn_predictions(
-            before, after, rates, sequences, options,
-            seed=self.options.seed, progress=partial(track, description="Learn predictions"),
-        )  # fmt: skip
-
-        stored = {name: learnt[name].to("cpu", tensors[name].dtype) for name in own}
-        for name in deltas:
-            packed = after.get_submodule(name).packed()  # type: ignore[operator]
-            after.set_submodule(name, packed)
-            parts = {f"{name}.{part}": tensor for part, tensor in packed.state_dict().items()}
-            stored |= {n: tensor.to("cpu", tensors[n].dtype) for n, tensor in parts.items()}
-        after.load_state_dict(stored, strict=False)
-        for name, linear in linears.items():
-            rounded = after.get_submodule(name).rounded()  # type: ignore[operator]
-            linear.weight.data.copy_(rounded.weight())
-            after.set_submodule(name, linear)
-            stored |= dict(self._stored(name, rounded))
-        after.to(self.device)
-        taught = [self.own, "the scales of bases' codes"] if linears else [self.own]
+        began = student.divergence(some)
+        steps = self.options.prediction_steps
+        grid = self.grid if whole_codes(self.scheme) else None
+        changed, bases = student.learn(sequences, grid, steps=steps, seed=self.options.seed)
+        for name, rounded in bases.items():
+            changed |= dict(self._stored(name, rounded))
+        taught = [self.own, "the scales of bases' codes"] if bases else [self.own]
         self.predictions = Predictions(
-            self.options.prediction_steps, " and ".join(taught), len(some), began,
-            divergence(before, after, some),
-        )  # fmt: skip
-        yield from {**tensors, **stored}.items()
-
-    def _load_rounded(self, model: Any, tensors: dict[str, Tensor]) -> None:
-        """Put into the unrounded student what is stored of the rounded one."""
-        for layer, plan in self.reader.plans.items():
-            experts = model.get_submodule(self.reader.family.experts_path(layer))
-            stored = replace(plan, delta=stored_kind(plan, self.delta_bits))
-            if stored != plan:
-                experts.delta = make_experts(self.reader.shape, stored, "cpu").delta
-        state = model.state_dict()
-        known = {name: tensor for name, tensor in tensors.items() if name in state}
-        weights = {f"{name}.weight": rounded.weight() for name, rounded in self.rounded.items()}
-        model.load_state_dict({**known, **weights}, strict=False)
-
-    def _learning_deltas(self, model: Any) -> dict[str, TrainedLowRankDelta]:
-        """Let the codes of deltas learn; return what they are in by name."""
-        found = {}
-        for name, module in list(model.named_modules()):
-            if isinstance(module, CodedLowRankDelta):
-                found[name] = TrainedLowRankDelta(module)
-                model.set_submodule(name, found[name])
-        return found
+            steps, " and ".join(taught), len(some), began, student.divergence(some)
+        )
+        yield from {**tensors, **changed}.items()
 
     def _longest_sequences(self) -> list[Tensor]:
         sequences = [
@@ -476,18 +416,7 @@ class _Job:
             for ids_S, mask_S in zip(ids, mask, strict=True)
         ]
         longest = max(map(len, sequences))
-        return [ids_S.to(self.device) for ids_S in sequences if len(ids_S) == longest]
-
-    def _learning_bases(self, model: Any, paths: tuple[str, ...]) -> dict[str, Any]:
-        """Let the scales of whole-number codes of bases learn; return what stood in their place."""
-        if self.grid is None or not whole_codes(self.scheme):
-            return {}
-        linears = {}
-        for name, rounded in self.rounded.items():
-            if name.startswith(paths) and ".bases." in name:
-                linears[name] = model.get_submodule(name)
-                model.set_submodule(name, LearntRounding(rounded.weight(), rounded, self.grid))
-        return linears
+        return [ids_S for ids_S in sequences if len(ids_S) == longest]
 
     def _module(self, layer: int) -> FusedExperts:
         """Read a layer's fused experts, with what joins their gate and up."""
