@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "w4a16, refit, predictions, 4-bit deltas": {
         "scheme": "w4a16",
         **REFIT,
-        "prediction_steps": 240,
+        "prediction_steps": 120,
         "delta_bits": "4",
     },
     "gptq": {"scheme": "gptq", **DATA},

@@ -26,7 +26,7 @@ from moefuse.export.student_reader import StudentReader
 from moefuse.mathematics.divergence import forward_kl
 from moefuse.mathematics.integers import Grid, nearest, with_feedback
 from moefuse.mathematics.lowrank import expected_error
-from moefuse.modeling.modeling_moefuse import CodedLowRankDelta
+from moefuse.modeling.modeling_moefuse import FACTORS, CodedLowRankDelta
 from moefuse.planning import plan_checkpoint
 from moefuse.quantize import quantize
 
@@ -86,7 +86,7 @@ def with_factors(tensors: dict[str, Tensor], student: dict[str, Tensor]) -> dict
         width = student[f"{stem}.down_a"].shape[2]
         delta = CodedLowRankDelta(experts, hidden, width, rank, bits=bits).to(torch.bfloat16)
         delta.requires_grad_(False).load_state_dict(parts)
-        for name in ("gate_up_a", "gate_up_b", "down_a", "down_b"):
+        for name in FACTORS:
             told[f"{stem}.{name}"] = getattr(delta, name)
     return told
 

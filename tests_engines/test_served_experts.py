@@ -8,9 +8,9 @@ from engines import engine
 from served import Expected, Student, prompts_for
 from torch import Tensor, nn
 
-from moefuse.export.quantized.deltas import FACTORS, code_deltas
+from moefuse.export.quantized.deltas import code_deltas
 from moefuse.export.vllm_plugin.served_experts import ServedExperts, groups_of_device
-from moefuse.modeling.modeling_moefuse import FusedExperts, PlainGating
+from moefuse.modeling.modeling_moefuse import FACTORS, FusedExperts, PlainGating
 
 D, F, E, G, K = 24, 16, 12, 5, 3
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moefuse.export.quantized.deltas import coded
 from moefuse.mathematics.lowrank import balanced_factors
-from moefuse.modeling.modeling_moefuse import FusedExperts, LowRankDelta, PlainGating
+from moefuse.modeling.modeling_moefuse import FACTORS, FusedExperts, LowRankDelta, PlainGating
 from moefuse.modeling.naive import naive_forward
 
 T, E, K, G, D, F = 9, 8, 3, 3, 24, 20
@@ -70,7 +70,7 @@ def test_a_layer_of_coded_deltas_is_that_of_the_factors_they_stand_for(
     )
     twin = experts_of(rank)
     twin.load_state_dict(plain.state_dict())
-    for name in ("gate_up_a", "gate_up_b", "down_a", "down_b"):
+    for name in FACTORS:
         getattr(twin.delta, name).copy_(getattr(module.delta, name))
 
     y_TD = module(*call())

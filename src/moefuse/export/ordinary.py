@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moefuse.modeling.modeling_moefuse import (
+    FACTORS,
     FusedExperts,
     MaskedDelta,
     MixtureDelta,
@@ -68,8 +69,7 @@ def widest(module: FusedExperts | NeuronExperts) -> int:
 
 def _of_groups(module: FusedExperts) -> Iterator[Parts]:
     # Taken once, because deltas of few bits are decoded each time.
-    names = ("gate_up_a", "gate_up_b", "down_a", "down_b")
-    factors = [] if module.delta is None else [getattr(module.delta, name) for name in names]
+    factors = [] if module.delta is None else [getattr(module.delta, name) for name in FACTORS]
     for expert, group in enumerate(module.group_of_expert.tolist()):
         base: Any = module.bases[group]
         gate_up_FD, down_DF = base.gate_up_proj.weight.float(), base.down_proj.weight.float()

@@ -21,7 +21,7 @@ from moefuse.export.ordinary import ordinary_experts, widest
 from moefuse.families import Family, all_families
 from moefuse.mathematics.experts import ExpertBiases
 from moefuse.modeling import is_fused
-from moefuse.modeling.modeling_moefuse import FusedExperts, LowRankDelta, NeuronExperts
+from moefuse.modeling.modeling_moefuse import FACTORS, FusedExperts, LowRankDelta, NeuronExperts
 from moefuse.sizes import LayerPlan, make_experts
 
 PREDICTION_LAYERS = "num_nextn_predict_layers"
@@ -172,7 +172,7 @@ class StudentReader(CheckpointReader):
 
 
 def _factors(delta: LowRankDelta | None) -> dict[str, Tensor]:
-    names = () if delta is None else ("gate_up_a", "gate_up_b", "down_a", "down_b")
+    names = () if delta is None else FACTORS
     return {name: getattr(delta, name).detach() for name in names}
 
 

@@ -195,6 +195,10 @@ def weight_of_experts(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Tens
     return weight_TE.scatter_add(1, index_TK.long(), weight_TK.float())
 
 
+FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
+"""What low-rank deltas are made of; see ``LowRankDelta``."""
+
+
 class LowRankDelta(nn.Module):
     """Deltas ``B_e A_e``: gate and up share one A; down has a pair of its own.
 
