@@ -386,7 +386,8 @@ class _Job:
             delta=delta, seed=self.options.seed, progress=progress,
         )  # fmt: skip
         self.refitted.append(result)
-        code_deltas(module, self.delta_bits)
+        if delta is not None:
+            module.delta = delta.packed().to("cpu", self.reader.dtype)
         dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         return bases, {name: tensor.to(dtypes[name]) for name, tensor in rest.items()}
 
