@@ -1,17 +1,20 @@
-"""Every scheme of ``moefuse quantize`` on the bundled teacher fused to 8 groups, and on itself.
+"""Every scheme of ``moefuse quantize`` on the bundled teacher, fused to 8 groups and unfused.
 
     python benchmarks/quantizing.py --out runs/quantizing
 
 One table: KL to the teacher and to the fused student on held-out text (computed in fp32, but by
 libraries' own layers in bf16), what rounding added to the first, bytes of weights on disk, resident
 memory that loading adds, and greedy tokens per second (the median of several), each model in a
-process of its own without moefuse. Leaves ``quantizing.json`` and ``.md`` in ``results/``. What is
-made of the unfused teacher is what Transformers makes of it: libraries skip its stacked experts;
-compressed-tensors is written expert by expert here, rounded to the nearest.
+process of its own without moefuse. Leaves ``quantizing.json`` and ``.md`` in ``results/``.
 
-Deltas take 8 bits where a row does not say otherwise. ``--only`` names schemes of the student as in
-``CASES``, semicolons between; ``--seed`` is that of fusing and refitting. With either, or another
-number of tokens or steps, the table is only printed.
+The unfused teacher goes through the same command: written as a student with a base for every expert
+and nothing beside, which is the teacher to the number. What Transformers makes of the teacher's own
+files stands below: libraries skip its stacked experts; compressed-tensors is written expert by
+expert here, rounded to the nearest.
+
+Deltas take 8 bits where a row does not say otherwise. ``--only`` names schemes as in ``CASES``,
+semicolons between; ``--seed`` is that of fusing and refitting. With either, or another number of
+tokens or steps, the table is only printed.
 """
 
 import argparse
@@ -32,8 +35,9 @@ from moefuse.checkpoint.writer import ShardedWriter
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.evaluation.machine import machine_meta
 from moefuse.export.plain import named_experts, named_rest
-from moefuse.export.quantized import compressed
-from moefuse.mathematics.integers import nearest
+from moefuse.export.quantized import compressed, libraries
+from moefuse.export.quantized.schemes import whole_codes
+from moefuse.mathematics.integers import Grid, nearest
 from moefuse.pipeline import fuse
 from moefuse.quantize import quantize
 
@@ -72,10 +76,17 @@ CASES: dict[str, dict[str, Any]] = {
 LIBRARIES = ("nf4", "torchao", "hqq4")
 """Parts of the names of rows whose layers compute in the dtype that they were rounded from."""
 RESULTS = Path(__file__).with_name("results")
-ON_TEACHER = ("w4a16", "w8a16", "w8a8", "fp8")
+SUBJECTS = {
+    "fused": {"groups": GROUPS, "tokens": 98_304, "steps": 120},
+    "teacher": {"groups": 64, "rank": 0, "scale": False, "tokens": 4_096, "steps": 0},
+}
+"""What is quantised, by the settings of ``fuse``; the second is the teacher, expert by expert."""
+FILES = "teacher's own files"
+WRITTEN_HERE = ("w4a16", "w8a16", "w8a8", "fp8")
+GRID = Grid(4, 32)
 
 
-def quantize_teacher(scheme: str, out: Path) -> None:
+def quantize_files(scheme: str, out: Path) -> None:
     """Write the unfused teacher with routed experts in compressed-tensors, linear by linear."""
     reader = CheckpointReader.open(demo.teacher_path())
     layout, family = compressed.LAYOUTS[scheme], reader.family
@@ -106,14 +117,12 @@ def quantize_teacher(scheme: str, out: Path) -> None:
 
 
 def loaded(path: Path, dtype: torch.dtype, method: str = "") -> Any:
-    """Load a model by Transformers alone; ``method`` is nf4 where it is to be rounded so."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: PLC0415
+    """Load a model by Transformers alone; ``method`` is a scheme that it is to be rounded by."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": True}
-    if method == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+    if method:
+        options["quantization_config"] = libraries.settings(method, dtype, ["lm_head"], GRID)
     return AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
@@ -216,11 +225,11 @@ class Rows(list[dict[str, Any]]):
         self.texts, self.fused = texts, fused
 
     def add(self, name: str, path: Path, method: str = "") -> None:
-        """Measure a model. One of the teacher that cannot be loaded says so; others end all."""
+        """Measure a model. Those of the teacher's own files may say why they cannot be loaded."""
         try:
             row: dict[str, Any] = measured_apart(path, self.texts, self.fused, method)
         except NotMeasuredError as error:
-            if name.startswith("fused"):
+            if not name.startswith(FILES):
                 raise
             row = {"disk": disk_of(path), "reason": error.reason}
         begun = self[0]["kl"] if self else row["kl"]
@@ -233,37 +242,48 @@ def measured(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Make what is not there yet and measure it."""
     out: Path = given.out
     out.mkdir(parents=True, exist_ok=True)
-    fused, texts = out / "fused", out / "texts.json"
+    texts = out / "texts.json"
     seed = {"seed": given.seed}
-    if not fused.exists():
-        sizes = {"groups": GROUPS, "tokens": 98_304, "steps": 120}
-        fuse(demo.teacher_path(), fused, {**sizes, **seed})
     write_texts(texts, given.held_out)
-    rows = Rows(texts, fused)
-    rows.add("fused, bf16", fused)
+    rows = Rows(texts, out / "fused")
     text = {"tokens": given.tokens, "steps": given.steps, **seed}
     only = [part.strip() for part in given.only.split(";") if part]
-    for name, values in CASES.items():
-        if only and name not in only:
-            continue
-        made = out / name.replace(", ", "-").replace(" ", "-")
-        if not made.exists():
-            quantize(fused, made, {**values, **(text if "data" in values else {})})
-        rows.add(f"fused, {name}", made)
+    for subject, sizes in SUBJECTS.items():
+        model = out / subject
+        if not model.exists():
+            fuse(demo.teacher_path(), model, {**sizes, **seed})
+        rows.add(f"{subject}, bf16", model)
+        for name, values in cases_of(subject):
+            if only and name not in only:
+                continue
+            made = out / f"{subject}-{name.replace(', ', '-').replace(' ', '-')}"
+            if not made.exists():
+                quantize(model, made, {**values, **(text if "data" in values else {})})
+            rows.add(f"{subject}, {name}", made)
     if not only:
-        add_teacher(rows, out)
+        add_files(rows, out)
     return rows
 
 
-def add_teacher(rows: Rows, out: Path) -> None:
-    """Measure the unfused teacher as it is and under the schemes that it can be had in."""
-    rows.add("teacher, bf16", demo.teacher_path())
-    for scheme in ON_TEACHER:
-        made = out / f"teacher-{scheme}"
+def cases_of(subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the cases that there are of a model; experts of the teacher have no deltas to teach."""
+    for name, values in CASES.items():
+        needs_deltas = "delta_bits" in values or "prediction_steps" in values
+        learns_deltas_alone = values.get("refit") and not whole_codes(values["scheme"])
+        if subject == "fused" or not (needs_deltas or learns_deltas_alone):
+            yield name, values
+
+
+def add_files(rows: Rows, out: Path) -> None:
+    """Measure the teacher's own files as they are and under what Transformers makes of them."""
+    rows.add(f"{FILES}, bf16", demo.teacher_path())
+    for scheme in WRITTEN_HERE:
+        made = out / f"files-{scheme}"
         if not made.exists():
-            quantize_teacher(scheme, made)
-        rows.add(f"teacher, {scheme}", made)
-    rows.add("teacher, nf4 (experts skipped)", demo.teacher_path(), "nf4")
+            quantize_files(scheme, made)
+        rows.add(f"{FILES}, {scheme}", made)
+    for scheme in libraries.SCHEMES:
+        rows.add(f"{FILES}, {scheme} (experts skipped)", demo.teacher_path(), scheme)
 
 
 def report(rows: list[dict[str, Any]], tokens: int) -> None:
@@ -271,10 +291,11 @@ def report(rows: list[dict[str, Any]], tokens: int) -> None:
     meta = machine_meta("make quantizing", device="cpu")
     artifacts.write_json(RESULTS / "quantizing.json", {"meta": meta, "rows": rows})
     told = (
-        f"By `make quantizing`: the bundled teacher fused to {GROUPS} groups and the teacher "
-        f"itself, on {meta['cpu']}, {meta['cores']} cores; KL on {tokens} tokens of held-out "
-        "text in fp32 (in bf16 by libraries' layers), tokens per second in bf16, medians of "
-        f"{REPEATS}."
+        f"By `make quantizing`: the bundled teacher fused to {GROUPS} groups, the teacher through "
+        "the same command (a base for every expert, nothing beside) and what Transformers makes of "
+        f"its own files, on {meta['cpu']}, {meta['cores']} cores; KL on {tokens} tokens of "
+        "held-out text in fp32 (in bf16 by libraries' layers), tokens per second in bf16, medians "
+        f"of {REPEATS}."
     )
     names = ("model", "KL", "added", "KL to the fused", "disk", "memory", "tokens/s")
     titles = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]

@@ -193,6 +193,7 @@ def test_every_base_sees_more_tokens_than_an_expert(home: Path, tmp_path: Path) 
         ({"scheme": "w4a16", "group_size": 128}, "--group-size"),
         ({"scheme": "w8a8", "group_size": 16}, "--group-size is for w4a16, gptq, awq,"),
         ({"scheme": "nf4", "group_size": 64}, "--group-size is for"),
+        ({"scheme": "nf4"}, "Rows of 16 numbers are not whole blocks of 32"),
         ({"scheme": "gptq", "what": "attention", "data": "text"}, "--scheme gptq .* add bases"),
         (
             {"scheme": "w8a8", "what": "dense", "refit": True, "data": "text"},

@@ -148,12 +148,12 @@ class _Job:
 
     def _grid(self) -> Grid | None:
         """Return the grid that bases are rounded to; None where a library's is its own."""
+        widths = {self.reader.tensors[f"{name}.weight"].shape[1] for name in self.names}
         if self.scheme not in compressed.LAYOUTS:
-            libraries.check(self.scheme)
+            libraries.check(self.scheme, widths)
         layout = compressed.LAYOUTS.get(self.scheme, libraries.LAYOUTS.get(self.scheme))
         if layout is None:
             return None
-        widths = {self.reader.tensors[f"{name}.weight"].shape[1] for name in self.names}
         return compressed.grid_of(layout, widths, self.options.group_size)
 
     def _check_learning(self) -> None:

@@ -13,7 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from students import student_of
+from tiny import save_tiny
+from transformers import BitsAndBytesConfig
 
+from moefuse.export.quantized import libraries
+from moefuse.export.quantized.libraries import weight_of
+from moefuse.export.quantized.schemes import SCHEMES
 from moefuse.quantize import quantize
 
 LOADS = """
@@ -44,12 +49,12 @@ if again:
 print(json.dumps(found))
 """
 
-GROUPED = ("w4a16", "gptq", "awq", "int4-torchao", "hqq4")
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with text and a student whose rows are of 32 and, down projections', 96."""
     folder = tmp_path_factory.mktemp("quantizers")
+    save_tiny(folder / "deepseek_v2-teacher", moe_intermediate_size=96)
     student_of(folder, "deepseek_v2", groups=3, rank=2).rename(folder / "student")
     return folder
 
@@ -67,12 +72,11 @@ def loaded(path: Path, made: str = "", again: Path | None = None) -> dict[str, A
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("scheme", [*GROUPED, "w8a16", "w8a8", "fp8", "nf4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_quantised_student_loads_without_moefuse(home: Path, tmp_path: Path, scheme: str) -> None:
-    group = {"group_size": 16} if scheme in GROUPED else {}
     text = {"data": str(home / "text.txt"), "tokens": 512, "sequence_length": 64, "steps": 3}
 
-    quantize(home / "student", tmp_path / "out", {"scheme": scheme, **text, **group})
+    quantize(home / "student", tmp_path / "out", {"scheme": scheme, **text})
 
     assert len(loaded(tmp_path / "out")["tokens"]) == 8
 
@@ -81,8 +85,7 @@ def test_a_quantised_student_loads_without_moefuse(home: Path, tmp_path: Path, s
 def test_what_a_library_writes_takes_the_bits_that_are_told(
     home: Path, tmp_path: Path, scheme: str
 ) -> None:
-    group = {"group_size": 16} if scheme in GROUPED else {}
-    values = {"scheme": scheme, "what": "bases,attention", **group}
+    values = {"scheme": scheme, "what": "bases,shared"}
 
     result = quantize(home / "student", tmp_path / "out", values)
 
@@ -119,11 +122,43 @@ TOO_SLOW = ('QuantoConfig(weights="int4")',)
 def test_a_user_s_own_route_touches_the_bases_and_is_saved(
     home: Path, tmp_path: Path, made: str, kind: str
 ) -> None:
-    # The tiny student has rows of 16 numbers.
+    # Its attention has rows of 16 numbers, which one group must divide too.
     found = loaded(home / "student", made.replace("(32)", "(16)"), tmp_path / "again")
 
     assert kind in found["kinds"]
     assert found["again"] == found["tokens"]
+
+
+def bases_of(path: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Return what the bases' layers multiply with, by name, by Transformers and its libraries."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
+    return {
+        name: weight_of(linear) for name, linear in libraries.linears(model) if ".bases." in name
+    }
+
+
+def test_nf4_is_read_on_a_cpu_as_it_was_rounded(home: Path, tmp_path: Path) -> None:
+    quantize(home / "student", tmp_path / "out", {"scheme": "nf4"})
+
+    plain, read = bases_of(home / "student"), bases_of(tmp_path / "out")
+
+    assert plain.keys() == read.keys()
+    for name, weight in plain.items():
+        assert (read[name] - weight).norm() < 0.12 * weight.norm(), name
+
+
+def test_a_user_s_own_nf4_is_read_wrongly_on_a_cpu_where_rows_are_no_whole_blocks(
+    home: Path,
+) -> None:
+    """As docs/quantizing.md says of bitsandbytes; to be said no longer once this fails."""
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    plain, read = bases_of(home / "student"), bases_of(home / "student", quantization_config=how)
+
+    errors = [(read[name] - weight).norm() / weight.norm() for name, weight in plain.items()]
+    assert min(errors) > 0.13, errors
 
 
 @pytest.mark.parametrize(("made", "words"), FAILING.items())
@@ -155,8 +190,7 @@ def test_the_packed_form_is_read_as_it_was_written(home: Path, tmp_path: Path) -
 
     from moefuse.checkpoint.formats.compressed_tensors import FORMAT
 
-    values = {"scheme": "w4a16", "group_size": 16}
-    quantize(home / "student", tmp_path / "out", values)
+    quantize(home / "student", tmp_path / "out", {"scheme": "w4a16"})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     with torch.no_grad():
         model(torch.tensor([[5, 6]]))  # compressed-tensors unpacks on the first call
@@ -167,5 +201,5 @@ def test_the_packed_form_is_read_as_it_was_written(home: Path, tmp_path: Path) -
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
 
     assert torch.equal(
-        base.weight.float(), FORMAT.unpack(parts, config, (32, 32)).to(base.weight.dtype).float()
+        base.weight.float(), FORMAT.unpack(parts, config, (192, 32)).to(base.weight.dtype).float()
     )
