@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moefuse.export.quantized.deltas import PLAIN_BITS
+
 UNUSED = "It was of no use: what was rounded does not go by text, and nothing was learnt."
 
 
@@ -90,7 +92,7 @@ def deltas_told(result: QuantizeResult) -> str:
     """Say how deltas are stored, in a sentence; "" where there are none."""
     if result.delta_bits is None:
         return ""
-    if result.delta_bits == "16":
+    if result.delta_bits == PLAIN_BITS:
         return "Deltas stay as they were."
     return (
         f"Deltas take {result.delta_bits} bits a number, in moefuse's own packed form: codes, a "
