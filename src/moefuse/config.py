@@ -423,7 +423,7 @@ class QuantizeConfig:
     steps: int = setting(120, "Optimiser steps of a layer when refitting.", at_least=1)
     prediction_steps: int = setting(
         0,
-        "Optimiser steps in which deltas, scales and the codes' scales then learn what the student "
+        "Optimiser steps in which deltas, scales and bases' codes then learn what the student "
         "predicted before its bases were rounded; the whole model in memory, twice, in fp32.",
         at_least=0,
     )

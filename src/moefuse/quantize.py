@@ -29,7 +29,7 @@ from moefuse.console import track
 from moefuse.devices import choose_device
 from moefuse.distillation.loop import DistillResult
 from moefuse.distillation.predictions import SEQUENCES
-from moefuse.distillation.rounded import refit_layer
+from moefuse.distillation.rounded import LearntRounding, refit_layer
 from moefuse.errors import UserError
 from moefuse.evaluation.loading import load_tokenizer
 from moefuse.export.quantized import compressed, libraries
@@ -141,6 +141,7 @@ class _Job:
         self.tokens: list[tuple[Tensor, Tensor]] = [] if options.data is None else self._text()
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.rounded: dict[str, Rounded] = {}
+        self.wanted: dict[str, Tensor] = {}
         self.stored_bytes: dict[str, int] = {}
         self.delta_bytes = 0
         self.refitted: list[DistillResult] = []
@@ -314,14 +315,24 @@ class _Job:
                 moment = None if moments is None else moments.of_group(projection, members)
                 if moment is not None and projection == "down_proj" and group in spared:
                     moment = moment / torch.outer(spared[group], spared[group])
-                found[name] = self._round(linear.weight.data, moment)  # type: ignore[arg-type]
+                weight: Any = linear.weight
+                found[name] = self._round(weight.data, moment)
+                self._will_learn(path + name, weight.data)
         learnt, rest = self._refitted(layer, module, found, store)
         self.delta_bytes += code_deltas(module, self.delta_bits)
-        for name, rounded in {**found, **learnt}.items():
+        for name, base in learnt.items():
+            found[name] = base.rounded()
+            self._will_learn(path + name, base.wanted())
+        for name, rounded in found.items():
             yield from self._stored(path + name, rounded)
         for name, tensor in {**module.state_dict(), **rest}.items():
             if path + name.removesuffix(".weight") not in self.names:
                 yield path + name, tensor
+
+    def _will_learn(self, name: str, wanted_OI: Tensor) -> None:
+        """Keep the numbers that the base ``name`` was rounded from, if predictions teach it."""
+        if self.options.prediction_steps:
+            self.wanted[name] = wanted_OI
 
     def _spared(self, module: FusedExperts, moments: Moments | None) -> dict[int, Tensor]:
         """Enlarge what must be rounded well of every base's down projection, as AWQ does.
@@ -365,7 +376,7 @@ class _Job:
         module: FusedExperts,
         rounded: dict[str, Rounded] | dict[str, Tensor],
         store: CalibrationStore,
-    ) -> tuple[dict[str, Rounded], dict[str, Tensor]]:
+    ) -> tuple[dict[str, LearntRounding], dict[str, Tensor]]:
         """Return a layer's bases and the rest of it as it learnt to make up for its rounding.
 
         ``rounded`` are its bases by names such as ``bases.3.down_proj``; those that are whole
@@ -401,10 +412,12 @@ class _Job:
         began = student.divergence(some)
         steps = self.options.prediction_steps
         grid = self.grid if whole_codes(self.scheme) else None
-        changed, bases = student.learn(sequences, grid, steps=steps, seed=self.options.seed)
+        changed, bases = student.learn(
+            sequences, self.wanted, grid, steps=steps, seed=self.options.seed
+        )
         for name, rounded in bases.items():
             changed |= dict(self._stored(name, rounded))
-        taught = [self.own, "the scales of bases' codes"] if bases else [self.own]
+        taught = [self.own, "the codes of bases and their scales"] if bases else [self.own]
         self.predictions = Predictions(
             steps, " and ".join(taught), len(some), began, student.divergence(some)
         )

@@ -1,6 +1,6 @@
 """A whole quantised student learns to predict what it predicted before it was rounded.
 
-What learns are the deltas, scales and biases of its experts, and the scales of bases' codes; see
+What learns are the deltas, scales and biases of its experts, and bases' codes and their scales; see
 ``distillation.predictions``. Both students are in memory, in fp32.
 """
 
@@ -27,8 +27,9 @@ from moefuse.sizes import make_experts
 
 PREDICTIONS = DistillConfig(delta_learning_rate=2e-4, warmup=0.05)
 """How deltas and scales learn predictions, all at one rate; measured in docs/research.md, 17."""
-CODES_SCALE_RATE = 8e-4
-"""The rate of the scales of bases' codes beside it, which are counted in shares of themselves."""
+CODES_SCALE_RATE, CODE_RATE = 8e-4, 1e-3
+"""The rates of the scales of bases' codes beside it, which are counted in shares of themselves, and
+of the numbers that are rounded to codes, counted in scales."""
 DELTA_CODE_RATES = {"8": 2e-3, "4": 1e-2}
 """The rate of what deltas' codes stand for, in units of a row's scale, by bits: the coarser codes
 are, the further a number has to go to the next."""
@@ -76,14 +77,21 @@ class WholeStudent:
         return divergence(self.before, self.after, self._sent(sequences))
 
     def learn(
-        self, sequences: Sequence[Tensor], grid: Grid | None, *, steps: int, seed: int
+        self,
+        sequences: Sequence[Tensor],
+        wanted: Mapping[str, Tensor],
+        grid: Grid | None,
+        *,
+        steps: int,
+        seed: int,
     ) -> tuple[dict[str, Tensor], dict[str, Rounded]]:
         """Teach the quantised student; return what is stored otherwise now.
 
-        Of bases the scales of codes learn if they are whole numbers on a ``grid``. Returned are
-        tensors by name, in the dtypes of those that there were, and rounded bases.
+        Bases learn if their codes are whole numbers on a ``grid``; ``wanted`` (O, I) are the
+        numbers that were rounded, by the names of layers. Returned are tensors by name, in the
+        dtypes of those that there were, and rounded bases.
         """
-        linears = self._with_learning_bases(grid)
+        linears = {} if grid is None else self._with_learning_bases(wanted, grid)
         deltas = self._with_learning_deltas()
         self._move()
         learnt = learn_predictions(
@@ -117,13 +125,12 @@ class WholeStudent:
         layers = self.reader.shape.layers
         return tuple(f"{self.reader.family.experts_path(layer)}." for layer in layers)
 
-    def _with_learning_bases(self, grid: Grid | None) -> dict[str, Any]:
-        """Let the scales of bases' codes learn; return what stood in their place, by name."""
-        linears = {}
-        for name, rounded in self.rounded.items():
-            if grid is not None and name.startswith(self._paths) and ".bases." in name:
-                linears[name] = self.after.get_submodule(name)
-                self.after.set_submodule(name, LearntRounding(rounded.weight(), rounded, grid))
+    def _with_learning_bases(self, wanted: Mapping[str, Tensor], grid: Grid) -> dict[str, Any]:
+        """Let the codes of bases and their scales learn; return what stood there, by name."""
+        linears = {name: self.after.get_submodule(name) for name in wanted}
+        for name, weight_OI in wanted.items():
+            learning = LearntRounding(weight_OI, self.rounded[name], grid)
+            self.after.set_submodule(name, learning)
         return linears
 
     def _with_learning_deltas(self) -> list[str]:
@@ -136,6 +143,7 @@ class WholeStudent:
     def _rates(self, linears: Mapping[str, Any], deltas: Sequence[str]) -> dict[str, float]:
         """Return the learning rates of the parameters that learn, by name."""
         rates = {f"{name}.scale": CODES_SCALE_RATE for name in linears}
+        rates |= {f"{name}.latent": CODE_RATE for name in linears}
         stems = tuple(f"{name}." for name in deltas)
         for name, _ in self.after.named_parameters():
             if name.startswith(stems):

@@ -1,9 +1,10 @@
 """A student with rounded bases learns to predict what it predicted before they were rounded.
 
-Layer by layer a delta makes up for little of what rounding loses: it has few numbers, and errors
-are as many as a base has. Asked for the model's predictions instead, the same few numbers, and the
-scales of the codes, make up for more than half (docs/research.md, section 17). The whole model is
-in memory, twice.
+Layer by layer what learns makes up for a part of what rounding loses; asked for the model's
+predictions instead, the same numbers make up for more than half (docs/research.md, section 17). The
+whole model is in memory, twice.
+
+Shape suffixes: N sequences at once, S positions of one, V words.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +17,10 @@ from moefuse.config import DistillConfig
 from moefuse.distillation.loop import learning_rate_factor
 from moefuse.mathematics.divergence import forward_kl
 
-SEQUENCES = 4
-"""How many sequences a step sees, one after another."""
+SEQUENCES = 16
+"""How many sequences a step sees. Roundings, which are many, learn chance from fewer."""
+TOKENS_AT_ONCE = 2048
+"""About how many tokens pass through both models at once."""
 
 
 def learn_predictions(
@@ -33,8 +36,8 @@ def learn_predictions(
     """Train parameters of the model ``after`` to predict what ``before`` predicts.
 
     ``rates`` are the learning rates of those that learn, by name. Both models in fp32 and in
-    evaluation mode; ``sequences`` are token ids (S,) each. Returns the parameters as they were
-    learnt. The loss is the mean over tokens of KL(before || after).
+    evaluation mode; ``sequences`` are token ids (S,) each, all of one length. Returns the
+    parameters as they were learnt. The loss is the mean over tokens of KL(before || after).
     """
     after.requires_grad_(False)
     learning = {name: after.get_parameter(name).requires_grad_(True) for name in rates}
@@ -44,15 +47,17 @@ def learn_predictions(
         optimizer, lambda step: learning_rate_factor(step, options.steps, options.warmup)
     )
     generator = torch.Generator().manual_seed(seed)
+    at_once = max(1, TOKENS_AT_ONCE // len(sequences[0]))
     for _ in progress(range(options.steps)):
-        chosen = torch.randint(len(sequences), (SEQUENCES,), generator=generator).tolist()
-        tokens = sum(len(sequences[number]) for number in chosen)
-        for number in chosen:
-            ids_1S = sequences[number][None]
+        chosen = torch.randint(len(sequences), (SEQUENCES,), generator=generator)
+        tokens = SEQUENCES * len(sequences[0])
+        for part in chosen.split(at_once):
+            ids_NS = torch.stack([sequences[number] for number in part.tolist()])
             with torch.no_grad():
-                before_SV = before(ids_1S, use_cache=False).logits[0]
-            after_SV = after(ids_1S, use_cache=False).logits[0]
-            (forward_kl(before_SV, after_SV).sum() / tokens).backward()
+                before_NSV = before(ids_NS, use_cache=False).logits
+            after_NSV = after(ids_NS, use_cache=False).logits
+            lost = forward_kl(before_NSV.flatten(0, 1), after_NSV.flatten(0, 1)).sum()
+            (lost / tokens).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)

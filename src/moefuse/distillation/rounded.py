@@ -68,6 +68,12 @@ class LearntRounding(nn.Module):
         return self.start_OG1 * (1 + SCALE_STEP * self.scale)
 
     @torch.no_grad()
+    def wanted(self) -> Tensor:
+        """Return the numbers that were rounded, as they were learnt, (O, I) on the CPU: what a
+        layer that learns on begins with."""
+        return (self.latent * self._scale_OG1()).flatten(1).cpu()
+
+    @torch.no_grad()
     def rounded(self) -> Rounded:
         """Return what was learnt as it will be stored, on the CPU."""
         low, high = -(2 ** (self.grid.bits - 1)), 2 ** (self.grid.bits - 1) - 1
@@ -86,7 +92,7 @@ def refit_layer(
     delta: TrainedLowRankDelta | None = None,
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
-) -> tuple[dict[str, Rounded], dict[str, Tensor], DistillResult]:
+) -> tuple[dict[str, LearntRounding], dict[str, Tensor], DistillResult]:
     """Let a layer with rounded bases learn what ``module``, the same before, returns.
 
     ``module`` and ``call`` in fp32 and on one device; what ``call`` says of outputs does not count.
@@ -113,7 +119,7 @@ def refit_layer(
         student.delta = delta.packed()
     state = student.state_dict()
     rest = {name: t.cpu() for name, t in state.items() if not name.startswith("bases.")}
-    return {name: twin.rounded() for name, twin in learning.items()}, rest, result
+    return learning, rest, result
 
 
 @torch.no_grad()
