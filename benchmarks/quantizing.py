@@ -53,12 +53,6 @@ CASES: dict[str, dict[str, Any]] = {
     "w4a16": {"scheme": "w4a16", **DATA},
     "w4a16, refit": {"scheme": "w4a16", **REFIT},
     "w4a16, refit, predictions": {"scheme": "w4a16", **REFIT, "prediction_steps": 120},
-    "w4a16, refit, predictions, more text": {
-        "scheme": "w4a16",
-        **REFIT,
-        "tokens": 262_144,
-        "prediction_steps": 240,
-    },
     "w4a16, refit, predictions, 4-bit deltas": {
         "scheme": "w4a16",
         **REFIT,
@@ -264,7 +258,7 @@ def measured(given: argparse.Namespace) -> list[dict[str, Any]]:
                 continue
             made = out / f"{subject}-{name.replace(', ', '-').replace(' ', '-')}"
             if not made.exists():
-                quantize(model, made, {**(text if "data" in values else {}), **values})
+                quantize(model, made, {**values, **(text if "data" in values else {})})
             rows.add(f"{subject}, {name}", made)
     if not only:
         add_files(rows, out)
