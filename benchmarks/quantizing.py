@@ -194,7 +194,7 @@ def cell(row: dict[str, Any]) -> str:
         return f"not loaded: {row['reason']} |  |  | {row['disk'] / 1e6:.2f} MB |  | "
     sizes = f"{row['disk'] / 1e6:.2f} MB | {row['memory'] / 1e6:.0f} MB"
     fused = "" if row["added"] is None else f"{row['added']:+.5f} | {row['kl_fused']:.5f}"
-    return f"{row['kl']:.5f} | {fused or ' | '} | {sizes} | {row['speed']:.0f}"
+    return f"{max(row['kl'], 0.0):.5f} | {fused or ' | '} | {sizes} | {row['speed']:.0f}"
 
 
 def main() -> None:

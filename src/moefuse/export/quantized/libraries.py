@@ -63,7 +63,7 @@ def load(reader: StudentReader, scheme: str, stay: list[str], grid: Grid | None)
     return model
 
 
-def _fit_blocks(model: nn.Module, reader: StudentReader) -> None:
+def _fit_blocks(model: Any, reader: StudentReader) -> None:
     """Round rows that are not whole blocks of bitsandbytes' usual size again, in smaller ones.
 
     Its kernels for CPUs take blocks row by row, where all else numbers them through the matrix:
@@ -71,13 +71,13 @@ def _fit_blocks(model: nn.Module, reader: StudentReader) -> None:
     """
     kind: Any = import_module("bitsandbytes").nn.Linear4bit
     for name, linear in model.named_modules():
-        if isinstance(linear, kind) and linear.in_features % max(BLOCKS):
-            made = {**vars(linear.weight), "quant_state": None, "bnb_quantized": False}
-            block = next(block for block in BLOCKS if linear.in_features % block == 0)
-            plain = reader.read(f"{name}.weight")
-            device = linear.weight.device
-            weight = type(linear.weight)(plain, requires_grad=False, **{**made, "blocksize": block})
-            linear.weight = weight.to(device)
+        if not (isinstance(linear, kind) and linear.in_features % max(BLOCKS)):
+            continue
+        old = linear.weight
+        block = next(block for block in BLOCKS if linear.in_features % block == 0)
+        made = {**vars(old), "quant_state": None, "bnb_quantized": False, "blocksize": block}
+        plain = reader.read(f"{name}.weight")
+        linear.weight = type(old)(plain, requires_grad=False, **made).to(old.device)
 
 
 def settings(scheme: str, dtype: torch.dtype, stay: list[str], grid: Grid | None) -> Any:
